@@ -1,0 +1,1 @@
+"""Fused kernels for GPT-2-class models: `ck.replace(model)` and the ops below it."""
