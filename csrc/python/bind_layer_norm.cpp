@@ -1,0 +1,31 @@
+#include "../ops/layer_norm/layer_norm.h"
+#include "bind.h"
+#include "dlpack.h"
+
+namespace cgpt::python {
+namespace {
+
+using Tensor = const BorrowedTensor&;
+
+template <Device device>
+void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor y, Tensor sum,
+                    Tensor mean, Tensor rstd, float eps) {
+  const LayerNormArgs args{x, residual, weight, bias, y, sum, mean, rstd, eps};
+  layer_norm_check(args, device);
+  py::gil_scoped_release release;
+#ifdef CGPT_CUDA
+  if constexpr (device == Device::cuda) return layer_norm_fwd_cuda(args);
+#endif
+  layer_norm_fwd_cpu(args);
+}
+
+}  // namespace
+
+void bind_layer_norm(py::module_& m) {
+  m.def("layer_norm_fwd", &layer_norm_fwd<Device::cpu>);
+#ifdef CGPT_CUDA
+  m.def("layer_norm_fwd_cuda", &layer_norm_fwd<Device::cuda>);
+#endif
+}
+
+}  // namespace cgpt::python

@@ -1,0 +1,118 @@
+// pybind11 caster from Python arrays to TensorView through DLPack.
+//
+// Fast way: a type that offers `__dlpack_c_exchange_api__` (torch >= 2.11) hands out a borrowed
+// DLTensor without a Python call, about 0.1 us a tensor. The table is looked up once per type.
+// Everything else (NumPy, JAX on CPU) goes through `__dlpack__()`, about 2 us a tensor; the capsule
+// is kept until the call returns.
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <pybind11/pybind11.h>
+
+#include "../common/check.h"
+
+namespace cgpt::python {
+
+namespace py = pybind11;
+
+inline TensorView view_of(const DLTensor& t) {
+  TensorView v;
+  if (t.ndim > TensorView::kMaxDims)
+    fail("tensor has " + std::to_string(t.ndim) + " dimensions, at most " +
+         std::to_string(TensorView::kMaxDims) + " are supported");
+  v.data = static_cast<char*>(t.data) + t.byte_offset;
+  v.ndim = t.ndim;
+  int64_t dense = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    v.shape[d] = t.shape[d];
+    v.strides[d] = t.strides ? t.strides[d] : dense;
+    dense *= t.shape[d];
+  }
+  const int code = t.dtype.code, bits = t.dtype.bits;
+  if (t.dtype.lanes != 1) v.dtype = DType::other;
+  else if (code == kDLFloat && bits == 32) v.dtype = DType::f32;
+  else if (code == kDLBfloat && bits == 16) v.dtype = DType::bf16;
+  else if (code == kDLFloat && bits == 16) v.dtype = DType::f16;
+  else if (code == kDLFloat && bits == 64) v.dtype = DType::f64;
+  else if (code == kDLInt && bits == 64) v.dtype = DType::i64;
+  else if (code == kDLInt && bits == 32) v.dtype = DType::i32;
+  else if (code == kDLBool && bits == 8) v.dtype = DType::boolean;
+  v.device = t.device.device_type == kDLCPU    ? Device::cpu
+             : t.device.device_type == kDLCUDA ? Device::cuda
+                                               : Device::other;
+  v.device_index = t.device.device_id;
+  return v;
+}
+
+// The exchange table of an object's type, or nullptr. Types live long and are few: one slot of
+// memory (the last type seen) answers nearly every call.
+inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* last_type = nullptr;
+  static const DLPackExchangeAPI* last_api = nullptr;
+  if (type == last_type) return last_api;
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (!capsule) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  if (!api) PyErr_Clear();
+  if (api && (api->header.version.major != DLPACK_MAJOR_VERSION ||
+              !api->dltensor_from_py_object_no_sync))
+    return nullptr;
+  if (api && PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE)) Py_INCREF(type);  // stays valid as a key
+  if (api) last_type = type, last_api = api;
+  return api;
+}
+
+// A view and whatever keeps its memory alive during the call.
+struct BorrowedTensor : TensorView {
+  py::object owner;
+};
+
+inline void borrow_from_protocol(py::handle source, BorrowedTensor& out) {
+  py::object capsule = source.attr("__dlpack__")();
+  if (auto* m = static_cast<DLManagedTensorVersioned*>(
+          PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")
+              ? PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned")
+              : nullptr)) {
+    static_cast<TensorView&>(out) = view_of(m->dl_tensor);
+  } else {
+    auto* managed =
+        static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    if (!managed) throw py::error_already_set();
+    static_cast<TensorView&>(out) = view_of(managed->dl_tensor);
+  }
+  // Not renamed to "used_dltensor": the capsule still owns the tensor and frees it after the call.
+  out.owner = std::move(capsule);
+}
+
+}  // namespace cgpt::python
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<cgpt::python::BorrowedTensor> {
+  PYBIND11_TYPE_CASTER(cgpt::python::BorrowedTensor, const_name("Tensor"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return true;  // an absent optional tensor
+    if (const DLPackExchangeAPI* api = cgpt::python::exchange_api(Py_TYPE(source.ptr()))) {
+      DLTensor t;
+      if (api->dltensor_from_py_object_no_sync(source.ptr(), &t) != 0) throw error_already_set();
+      static_cast<cgpt::TensorView&>(value) = cgpt::python::view_of(t);
+      if (value.device == cgpt::Device::cuda && api->current_work_stream(
+              t.device.device_type, t.device.device_id, &value.stream) != 0)
+        throw error_already_set();
+      return true;
+    }
+    if (!hasattr(source, "__dlpack__")) return false;
+    cgpt::python::borrow_from_protocol(source, value);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,162 @@
+"""Builds cgpt_kernels._C: every csrc source by its suffix, CPU sources once per instruction-set tier,
+through ninja. No torch is needed; CUDA sources join when nvcc is found.
+
+Environment:
+  CGPT_CUDA=auto|on|off    build CUDA sources if nvcc is found (default) | require nvcc | never
+  CGPT_CUDA_ARCHS          real architectures, default "80;90"; PTX of the last one is always kept
+  CGPT_DEBUG=1             -O1 -g and address checks of the standard library
+  MAX_JOBS                 parallel compile jobs, default one per core
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+BASELINE = "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra".split()
+# -fno-math-errno lets sqrt be one instruction; contraction into FMA is spelled out in the kernels,
+# so that every compiler rounds alike; NaN and infinity keep their meaning (no -ffast-math).
+# GCC 12 takes the undefined operands inside its own AVX-512 headers for our mistakes.
+TIER_FLAGS = (
+    "-fno-math-errno -ffp-contract=off -Wno-uninitialized -Wno-maybe-uninitialized"
+).split()
+
+X86 = "-mavx2 -mfma -mf16c -mbmi2".split()
+AVX512 = [*X86, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
+BF16 = [*AVX512, *"-mavx512bf16 -mavx512vnni -mavx512vbmi".split()]
+TIERS = {  # name: (level, flags); CMakeLists.txt has the same table, tests/test_build.py compares
+    "scalar": (0, []),
+    "avx2": (1, X86),
+    "avx512": (2, AVX512),
+    "avx512_bf16": (3, BF16),
+    "amx": (4, [*BF16, *"-mamx-tile -mamx-bf16 -mamx-int8".split()]),
+    "amx_emulated": (4, [*BF16, "-DCGPT_AMX_EMULATED"]),
+}
+if platform.machine().lower() not in ("x86_64", "amd64"):
+    TIERS = {"scalar": TIERS["scalar"]}
+
+
+def sources(pattern):
+    """Sources of the module by suffix, relative to the project, sorted."""
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(pattern))
+
+
+def find_nvcc():
+    """Path of nvcc as CGPT_CUDA asks for it, or None."""
+    want = os.environ.get("CGPT_CUDA", "auto")
+    if want not in ("auto", "on", "off"):
+        raise SystemExit(f"CGPT_CUDA must be auto, on or off, got {want!r}")
+    if want == "off":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    candidates += [Path(p) for p in [shutil.which("nvcc")] if p]
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    nvcc = next((str(p) for p in candidates if p.exists()), None)
+    if nvcc is None and want == "on":
+        raise SystemExit(
+            "CGPT_CUDA=on but nvcc was not found: put it on PATH, set CUDA_HOME, or use CGPT_CUDA=auto"
+        )
+    return nvcc
+
+
+class NinjaBuild(build_ext):
+    """build_ext that writes one build.ninja and runs it."""
+
+    def build_extension(self, ext):
+        import pybind11
+        import tvm_ffi.libinfo
+
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        includes = [
+            pybind11.get_include(),
+            tvm_ffi.libinfo.find_dlpack_include_path(),
+            sysconfig.get_paths()["include"],
+        ]
+        (build / "build.ninja").write_text(ninja_text(out, includes, find_nvcc()))
+        jobs = os.environ.get("MAX_JOBS")
+        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        command = [ninja, "-C", str(build), *(["-j", jobs] if jobs else [])]
+        if not self.verbose:
+            command.append("--quiet")
+        subprocess.run(command, check=True)
+
+
+def ninja_text(out, includes, nvcc):
+    """The build.ninja that makes `out`; see the module docstring for what goes in."""
+    cxx = os.environ.get("CXX", "g++")
+    debug = os.environ.get("CGPT_DEBUG") == "1"
+    optimise = "-O1 -g -D_GLIBCXX_ASSERTIONS" if debug else "-O3 -DNDEBUG"
+    include = " ".join(f"-isystem {i}" for i in includes)
+    cuda_define = "-DCGPT_CUDA" if nvcc else ""
+    link_cuda = ""
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d {' '.join(BASELINE)} {optimise} {cuda_define} $flags"
+        f" {include} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = CXX $out",
+    ]
+    objects = []
+
+    def add(rule, source, suffix="", flags=""):
+        # The whole path with its extension: x.cpp and x.cu must not meet in one object.
+        target = source.replace("/", ".") + suffix + ".o"
+        lines.append(f"build {target}: {rule} {ROOT / source}")
+        if flags:
+            lines.append(f"  flags = {flags}")
+        objects.append(target)
+
+    for source in [*sources("cpu/*.cpp"), *sources("python/*.cpp")]:
+        add("cxx", source)
+    for source in sources("ops/*/*_cpu.cpp"):
+        for tier, (level, flags) in TIERS.items():
+            defines = f"-DCGPT_TIER={tier} -DCGPT_TIER_LEVEL={level}"
+            add("cxx", source, f".{tier}", " ".join([defines, *TIER_FLAGS, *flags]))
+    if nvcc:
+        archs = os.environ.get("CGPT_CUDA_ARCHS", "80;90").split(";")
+        codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+        codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        lines += [
+            "rule nvcc",
+            f"  command = {nvcc} -MMD -MF $out.d -ccbin {cxx} -std=c++20 -O3 -DNDEBUG -DCGPT_CUDA"
+            f" --threads 0 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = NVCC $out",
+        ]
+        for source in [*sources("cuda/*.cu"), *sources("ops/*/*_cuda.cu")]:
+            add("nvcc", source)
+        # The static runtime: the module must load where there is no CUDA at all.
+        cuda_root = Path(nvcc).resolve().parent.parent
+        libs = [d for d in (cuda_root / "lib64", cuda_root / "lib") if d.is_dir()]
+        link_cuda = " ".join(f"-L{d}" for d in libs) + " -lcudart_static -ldl -lrt -lpthread"
+    strip = "" if debug else "-s"
+    lines += [
+        "rule link",
+        f"  command = {cxx} -shared -fopenmp {strip} -o $out $in {link_cuda}",
+        "  description = LINK $out",
+        f"build {out}: link {' '.join(objects)}",
+        f"default {out}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("cgpt_kernels._C", sources=[])],
+        cmdclass={"build_ext": NinjaBuild},
+    )
