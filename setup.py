@@ -100,7 +100,6 @@ def ninja_text(out, includes, nvcc):
     optimise = "-O1 -g -D_GLIBCXX_ASSERTIONS" if debug else "-O3 -DNDEBUG"
     include = " ".join(f"-isystem {i}" for i in includes)
     cuda_define = "-DCGPT_CUDA" if nvcc else ""
-    link_cuda = ""
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
@@ -140,14 +139,12 @@ def ninja_text(out, includes, nvcc):
         ]
         for source in [*sources("cuda/*.cu"), *sources("ops/*/*_cuda.cu")]:
             add("nvcc", source)
-        # The static runtime: the module must load where there is no CUDA at all.
-        cuda_root = Path(nvcc).resolve().parent.parent
-        libs = [d for d in (cuda_root / "lib64", cuda_root / "lib") if d.is_dir()]
-        link_cuda = " ".join(f"-L{d}" for d in libs) + " -lcudart_static -ldl -lrt -lpthread"
-    strip = "" if debug else "-s"
+    link = f"{cxx} -shared -fopenmp"
+    if nvcc:  # nvcc knows its libraries; the static runtime loads where there is no CUDA at all
+        link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xcompiler -fopenmp"
     lines += [
         "rule link",
-        f"  command = {cxx} -shared -fopenmp {strip} -o $out $in {link_cuda}",
+        f"  command = {link} -o $out $in",
         "  description = LINK $out",
         f"build {out}: link {' '.join(objects)}",
         f"default {out}",
