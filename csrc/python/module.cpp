@@ -26,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
     return false;
 #endif
   });
+  cgpt::python::bind_gemm(m);
   cgpt::python::bind_layer_norm(m);
 }

@@ -1,0 +1,22 @@
+#include "../ops/gemm/gemm.h"
+#include "bind.h"
+#include "dlpack.h"
+
+namespace cgpt::python {
+namespace {
+
+using Tensor = const BorrowedTensor&;
+
+void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
+              const std::string& activation, bool weight_kn) {
+  const GemmArgs args{x, weight, bias, residual, y, activation_of(activation), weight_kn};
+  gemm_check(args);
+  py::gil_scoped_release release;
+  gemm_fwd_cpu(args);
+}
+
+}  // namespace
+
+void bind_gemm(py::module_& m) { m.def("gemm_fwd", &gemm_fwd); }
+
+}  // namespace cgpt::python
