@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing is installed outside it.
+PYTHON ?= python3
+# Pinned so that a fresh machine does what this one did; any torch >= 2.11 works.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# Idle OpenMP threads sleep: tests and builds share the cores.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test bench build check format clean
+
+demo: build
+	$(BIN)/cgpt-kernels demo
+
+test: build
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+bench: build
+	$(BIN)/cgpt-kernels bench
+
+# The first build goes the users' way, pip's isolated build; later ones are ninja's, incremental.
+build: .venv/installed
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+clean:
+	rm -rf build dist *.egg-info cgpt_kernels/*.so
