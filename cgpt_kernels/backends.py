@@ -1,0 +1,226 @@
+"""The table of backends: which can run an op on given tensors, which one does, and why.
+
+An implementation is found by its name, never registered by hand: `<kernel>` in the module `_C` for
+cpu, `<kernel>_cuda` for cuda, and for triton and wafer the function `<kernel>` in the file
+`ops/<folder>/<folder>_<backend>.py`. All take the same arguments (outputs allocated by the caller).
+`auto` may fall back; a backend asked for by name runs or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+
+try:
+    from . import _C
+except ImportError as error:  # the reason is kept and told by resolve and explain
+    _C = None
+    _C_REASON = (
+        "cgpt_kernels._C is not built; run `python setup.py build_ext --inplace` or "
+        f"`pip install .` ({error})"
+    )
+else:
+    _C_REASON = None
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend is, whatever the op: where its tensors live and their dtypes."""
+
+    name: str
+    what: str
+    devices: tuple[str, ...]  # empty: any
+    dtypes: tuple[torch.dtype, ...]
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("cpu", "C++ kernels, tier chosen at run time", ("cpu",), KERNEL_DTYPES),
+        Backend("cuda", "CUDA kernels", ("cuda",), KERNEL_DTYPES),
+        Backend("triton", "Triton kernels", ("cuda",), KERNEL_DTYPES),
+        Backend("wafer", "simulated grid of cores", ("cpu",), KERNEL_DTYPES),
+        Backend("eager", "plain PyTorch, the reference", (), checks.FLOATING),
+    )
+}
+
+# What `auto` tries, by device; the simulator is never chosen for anyone.
+AUTO = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public op. Creating it puts it into OPS.
+
+    Args:
+        folder: its folder under ops/.
+        kernel: name of its forward function in `_C` and in the backend files.
+        first: name of its first tensor, for messages.
+        prefer_eager: given backend name and the call's tensors, the measured reason why `auto`
+            should leave this shape to eager, or None.
+    """
+
+    name: str
+    folder: str
+    kernel: str
+    first: str = "x"
+    prefer_eager: Callable[[str, tuple], str | None] | None = None
+
+    def __post_init__(self):
+        OPS[self.name] = self
+
+
+OPS: dict[str, Op] = {}
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
+    """The forward function of a compiled backend, or None and the reason it is missing."""
+    folder, kernel = OPS[op].folder, OPS[op].kernel
+    if backend in ("cpu", "cuda"):
+        name = kernel if backend == "cpu" else f"{kernel}_cuda"
+        if _C is None:
+            return None, _C_REASON
+        found = getattr(_C, name, None)
+        if found is not None:
+            return found, None
+        if backend == "cuda" and not _C.cuda_built():
+            return None, "this build has no CUDA code (nvcc was not found or CGPT_CUDA=off)"
+        suffix = "cpp" if backend == "cpu" else "cu"
+        return None, f"no file csrc/ops/{folder}/{folder}_{backend}.{suffix} in this build"
+    module = f"cgpt_kernels.ops.{folder}.{folder}_{backend}"
+    if importlib.util.find_spec(module) is None:
+        return None, f"no file ops/{folder}/{folder}_{backend}.py"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    found = getattr(importlib.import_module(module), kernel, None)
+    reason = None if found else f"ops/{folder}/{folder}_{backend}.py has no {kernel}"
+    return found, reason
+
+
+def why_not(op: str, backend: str, tensors: tuple) -> str | None:
+    """The reason why a backend cannot run the op on these tensors, or None when it can."""
+    x, what = tensors[0], BACKENDS[backend]
+    if backend != "eager":
+        _, reason = implementation(op, backend)
+        if reason is not None:
+            return reason
+    devices = what.devices
+    if backend == "triton" and _interpreted():
+        devices = (*devices, "cpu")
+    first = OPS[op].first
+    if devices and x.device.type not in devices:
+        return f"{first} is on {x.device.type}"
+    if x.dtype not in what.dtypes:
+        return (
+            f"{first} is {checks.name_of(x.dtype)}, "
+            f"it takes {checks.one_of(map(checks.name_of, what.dtypes))}"
+        )
+    if backend not in ("eager", "cpu", "cuda"):
+        module = importlib.import_module(implementation(op, backend)[0].__module__)
+        limits = getattr(module, "unsupported", None)
+        return limits(*tensors) if limits else None
+    return None
+
+
+def _rules(op: str, backend: str, tensors: tuple) -> str | None:
+    rule = OPS[op].prefer_eager
+    return rule(backend, tensors) if rule and backend != "eager" else None
+
+
+def resolve(op: str, requested: str, tensors: tuple) -> str:
+    """The backend that runs the op.
+
+    Args:
+        op: a name in OPS.
+        requested: "auto" or a backend's name.
+        tensors: the call's tensors in the order of its signature, None where absent.
+    Raises:
+        ValueError: unknown name, or one that cannot run these tensors.
+    """
+    if requested == "auto":
+        for name in AUTO.get(tensors[0].device.type, ("eager",)):
+            if why_not(op, name, tensors) is None and _rules(op, name, tensors) is None:
+                return name
+        requested = "eager"
+    checks.is_choice(op, "backend", requested, ("auto", *BACKENDS))
+    reason = why_not(op, requested, tensors)
+    if reason is not None:
+        able = [b for b in BACKENDS if why_not(op, b, tensors) is None]
+        raise ValueError(
+            f"{op}: backend {requested!r} cannot run: {reason}. "
+            f"Available here: {', '.join(able) or 'none'}."
+        )
+    return requested
+
+
+def lean_kernels(op: str) -> dict[tuple[str, torch.dtype], Callable]:
+    """{(requested backend, dtype): kernel} for tensors on the CPU; empty where `_C` lacks it."""
+    kernel, _ = implementation(op, "cpu")
+    if kernel is None:
+        return {}
+    return {(asked, dtype): kernel for asked in ("auto", "cpu") for dtype in KERNEL_DTYPES}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` does for a call, and for each backend whether it could and why not."""
+
+    op: str
+    tensors: str
+    backend: str
+    rows: tuple[tuple[str, bool, str], ...]  # backend, whether it can run, why (not)
+
+    def __str__(self) -> str:
+        head = f"{self.op}({self.tensors}) runs on backend {self.backend!r}"
+        lines = [f"  {name:<7}{'yes' if able else 'no':<5}{why}" for name, able, why in self.rows]
+        return "\n".join([head, *lines])
+
+    __repr__ = __str__
+
+
+def explain(op: str | Callable, *tensors: torch.Tensor | None) -> Explanation:
+    """Which backend `auto` picks for an op on these tensors, and why each other one is not it.
+
+    Args:
+        op: the op's name or the function itself, e.g. "gemm" or ck.ops.gemm.
+        tensors: the call's tensors in the order of its signature.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    checks.is_choice("explain", "op", name, tuple(OPS))
+    if not tensors:
+        raise ValueError(f"explain: pass the tensors of the call, {OPS[name].first} first")
+    tensors = tuple(t if t is None else torch.as_tensor(t) for t in tensors)
+    chosen = resolve(name, "auto", tensors)
+    rows = []
+    for backend, what in BACKENDS.items():
+        reason = why_not(name, backend, tensors)
+        rule = _rules(name, backend, tensors)
+        if reason is not None:
+            why = reason
+        elif rule is not None:
+            why = f"runs when asked for; auto leaves it to eager: {rule}"
+        elif backend == chosen:
+            tier = f", tier {_C.cpu_isa()}" if backend == "cpu" else ""
+            why = f"chosen: {what.what}{tier}"
+        else:
+            why = f"runs when asked for: {what.what}"
+        rows.append((backend, reason is None, why))
+    shown = ", ".join(
+        "None" if t is None else f"{checks.name_of(t.dtype)}{list(t.shape)}" for t in tensors
+    )
+    return Explanation(name, f"{shown} on {tensors[0].device}", chosen, tuple(rows))

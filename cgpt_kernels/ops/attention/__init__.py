@@ -1,0 +1,5 @@
+"""attention."""
+
+from .op import attention
+
+__all__ = ["attention"]

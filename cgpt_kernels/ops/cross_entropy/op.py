@@ -1,0 +1,262 @@
+"""linear_cross_entropy: contract, checks, autograd, registration.
+
+Letters: M rows (all leading dimensions of x together), K width, V vocabulary, T the dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import backends, checks
+from ..dispatch import (
+    PLAIN,
+    PLAIN_OR_NONE,
+    as_rows,
+    autocast_dtype,
+    cast,
+    define,
+    dense_last,
+    undisturbed,
+    with_numpy,
+)
+from . import reference
+from .backward import linear_cross_entropy_bwd
+
+LINEAR_CROSS_ENTROPY = backends.Op(
+    "linear_cross_entropy", "cross_entropy", "linear_cross_entropy_fwd"
+)
+
+_lean = backends.lean_kernels("linear_cross_entropy")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of logits = x W^T + bias against target; the [M, V] logits are never held.
+
+    Args:
+        x: [..., K], T one of fp32, bf16, fp16 (fp64 on backend "eager"). NumPy arrays are accepted
+            everywhere.
+        weight: [V, K], T, e.g. the tied embedding.
+        target: [...], int64, each in [0, V) or equal to ignore_index.
+        bias: [V], T or fp32.
+        ignore_index: rows with this target count nothing and get no gradient.
+        reduction: "mean" over the rows that count (NaN where none does, as
+            torch.nn.functional.cross_entropy), "sum", or "none".
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1].
+        backend: "auto" or a name; a name runs or raises.
+    Returns:
+        0-d, or [...] for reduction "none"; fp32 whatever T is (fp64 for fp64), since a bf16 loss
+        has 2 digits.
+    Raises:
+        ValueError, TypeError: before any memory is touched, naming argument, expected and got.
+    """
+    if (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and type(target) in PLAIN
+        and type(bias) in PLAIN_OR_NONE
+        and undisturbed()
+        and x.is_cpu
+    ):
+        kernel = _lean.get((backend, x.dtype))
+        if kernel is not None and reduction in reference.REDUCTIONS and x.ndim > 0:
+            if x.shape[:-1] == target.shape:
+                options = ignore_index, label_smoothing
+                try:
+                    if torch.is_grad_enabled() and (
+                        x.requires_grad
+                        or weight.requires_grad
+                        or (bias is not None and bias.requires_grad)
+                    ):
+                        rows = _LinearCrossEntropy.apply(kernel, x, weight, target, bias, *options)
+                    else:
+                        rows, _ = _forward(kernel, x, weight, target, bias, *options)
+                    return reference.reduce_rows(rows, target, ignore_index, reduction)
+                except ValueError:
+                    # The kernel checks its arguments too; say it in the words of this signature.
+                    _check(x, weight, target, bias, reduction, label_smoothing)
+                    raise
+    return _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, backend)
+
+
+def _check(x, weight, target, bias, reduction, label_smoothing):
+    op = "linear_cross_entropy"
+    checks.is_tensor(op, "x", x)
+    checks.is_tensor(op, "weight", weight)
+    checks.is_tensor(op, "target", target)
+    checks.is_tensor(op, "bias", bias, optional=True)
+    given = {"x": x, "weight": weight, "target": target, "bias": bias}
+    checks.strided(op, given)
+    checks.is_choice(op, "reduction", reduction, reference.REDUCTIONS)
+    in_unit = 0.0 <= label_smoothing <= 1.0
+    checks.in_range(op, "label_smoothing", label_smoothing, in_unit, "in [0, 1]")
+    checks.has_dtype(op, "x", x, *checks.FLOATING)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least 1 dimension (..., K), got shape ()")
+    checks.has_dtype(op, "weight", weight, x.dtype, why=" as x")
+    checks.has_rank(op, "weight", weight, 2, "(V, K)")
+    V = weight.shape[0]
+    checks.has_shape(op, "weight", weight, (V, x.shape[-1]), "(V, K)")
+    checks.has_dtype(op, "target", target, torch.int64)
+    checks.has_shape(op, "target", target, x.shape[:-1], "the leading dimensions of x")
+    if bias is not None:
+        widest = x.dtype if x.dtype == torch.float64 else torch.float32
+        checks.has_dtype(op, "bias", bias, x.dtype, widest, why=" beside this x")
+        checks.has_shape(op, "bias", bias, (V,), "(V,)")
+    checks.same_device(op, "x", given)
+
+
+def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, backend):
+    """The way for everything but plain tensors in plain eager on the CPU."""
+    if any(type(t).__module__ == "numpy" for t in (x, weight, target, bias)):
+        return with_numpy(
+            linear_cross_entropy,
+            x,
+            weight,
+            target,
+            bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            backend=backend,
+        )
+    narrow = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    if narrow is not None:
+        x, weight, bias = cast(narrow, x, weight, bias)
+    _check(x, weight, target, bias, reduction, label_smoothing)
+    chosen = backends.resolve("linear_cross_entropy", backend, (x, weight, target, bias))
+    if chosen == "eager":
+        rows = reference.linear_cross_entropy_rows(
+            x.reshape(target.numel(), x.shape[-1]),
+            weight,
+            target.reshape(-1),
+            bias,
+            ignore_index,
+            label_smoothing,
+        )
+    else:
+        rows = torch.ops.cgpt.linear_cross_entropy(
+            x, weight, target, bias, ignore_index, label_smoothing, chosen
+        )[0]
+    return reference.reduce_rows(rows, target, ignore_index, reduction)
+
+
+def _forward(kernel, x, weight, target, bias, ignore_index, label_smoothing):
+    """Losses [M] and lse [M], fp32."""
+    loss = x.new_empty(target.numel(), dtype=torch.float32)
+    lse = torch.empty_like(loss)
+    kernel(
+        as_rows(x),
+        dense_last(weight),
+        bias,
+        target.reshape(-1),
+        loss,
+        lse,
+        ignore_index,
+        label_smoothing,
+    )
+    return loss, lse
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Losses of the rows; the reduction is left to torch."""
+
+    @staticmethod
+    def forward(ctx, kernel, x, weight, target, bias, ignore_index, label_smoothing):
+        ctx.save_for_backward(x, weight, target, bias)
+        ctx.options = ignore_index, label_smoothing
+        return _forward(kernel, x, weight, target, bias, ignore_index, label_smoothing)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drows):
+        _, need_x, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
+        need = need_x, need_weight, need_bias
+        grads = _run_bwd(drows, *ctx.saved_tensors, *ctx.options, need)
+        dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
+        return None, dx, dweight, None, dbias, None, None
+
+
+# ---- torch.ops.cgpt -----------------------------------------------------------------------------
+
+
+def _run(x, weight, target, bias, ignore_index, label_smoothing, backend):
+    kernel, _ = backends.implementation("linear_cross_entropy", backend)
+    return _forward(kernel, x, weight, target, bias, ignore_index, label_smoothing)
+
+
+def _fake(x, weight, target, bias, ignore_index, label_smoothing, backend):
+    loss = x.new_empty(target.numel(), dtype=torch.float32)
+    return loss, torch.empty_like(loss)
+
+
+def _save(ctx, inputs, output):
+    x, weight, target, bias, ignore_index, label_smoothing, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, target, bias)
+    ctx.options = ignore_index, label_smoothing
+
+
+def _backward(ctx, drows, dlse):
+    need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    need = need_x, need_weight, need_bias
+    grads = torch.ops.cgpt.linear_cross_entropy_bwd(drows, *ctx.saved_tensors, *ctx.options, need)
+    dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
+    return dx, dweight, None, dbias, None, None, None
+
+
+def _run_bwd(drows, x, weight, target, bias, ignore_index, label_smoothing, need):
+    M, K = target.numel(), x.shape[-1]
+    dx, dweight, dbias = linear_cross_entropy_bwd(
+        drows,
+        x.reshape(M, K),
+        weight,
+        target.reshape(M),
+        bias,
+        ignore_index,
+        label_smoothing,
+        need,
+    )
+    return dx.view(x.shape) if need[0] else dx, dweight, dbias
+
+
+def _fake_bwd(drows, x, weight, target, bias, ignore_index, label_smoothing, need):
+    return (
+        x.new_empty(x.shape if need[0] else 0),
+        weight.new_empty(weight.shape if need[1] else 0),
+        bias.new_empty(bias.shape) if need[2] and bias is not None else weight.new_empty(0),
+    )
+
+
+def _autocast(device_type, x, weight, target, bias, *rest):
+    x, weight, bias = cast(autocast_dtype(device_type), x, weight, bias)
+    return (x, weight, target, bias, *rest)
+
+
+define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, Tensor? bias,"
+    " SymInt ignore_index, float label_smoothing, str backend) -> (Tensor loss, Tensor lse)",
+    _run,
+    _fake,
+    save=_save,
+    backward=_backward,
+    autocast=_autocast,
+)
+define(
+    "linear_cross_entropy_bwd(Tensor drows, Tensor x, Tensor weight, Tensor target, Tensor? bias,"
+    " SymInt ignore_index, float label_smoothing, bool[3] need)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _run_bwd,
+    _fake_bwd,
+)

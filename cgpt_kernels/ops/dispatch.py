@@ -1,0 +1,155 @@
+"""The three ways into a kernel, shared by all ops.
+
+lean      plain tensors in plain eager, nothing needs a gradient: allocate, call, return.
+function  the same with gradients: a torch.autograd.Function around the same forward.
+library   anything else (torch.compile, export, modes, subclasses, autocast): `torch.ops.cgpt.<op>`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+PLAIN = frozenset({Tensor, Parameter})
+PLAIN_OR_NONE = PLAIN | {type(None)}
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_trace = torch._C._get_tracing_state
+
+
+def undisturbed() -> bool:
+    """True when nothing stands between a call and the kernel: no compiler, mode or transform.
+
+    Six questions at about 60 ns each; a dispatcher round trip, which would answer them too, is 3 us.
+    """
+    return not (
+        is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _any_autocast()
+        or _functorch_level() is not None
+        or _jit_trace() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C] with the last stride 1; copies only where strides cannot say it."""
+    if x.ndim != 2:
+        # reshape cannot infer -1 of an empty tensor
+        x = (
+            x.reshape(-1, x.shape[-1])
+            if x.numel()
+            else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        )
+    return dense_last(x)
+
+
+def dense_last(x: Tensor) -> Tensor:
+    """x with its last stride 1: itself where it is so, else a contiguous copy."""
+    if x.stride(-1) == 1:
+        return x
+    # contiguous() keeps odd strides of dimensions of size 1
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
+# ---- autocast -----------------------------------------------------------------------------------
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast runs matrix products in, None when it is off for this device."""
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """fp32, bf16 and fp16 tensors in dtype; fp64, integers, bool and None untouched, as autocast."""
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if t is not None and t.dtype in narrow else t for t in tensors)
+
+
+# ---- NumPy --------------------------------------------------------------------------------------
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    if any(s < 0 for s in array.strides):
+        array = np.ascontiguousarray(array)  # torch has no negative strides
+    with warnings.catch_warnings():
+        # A read-only array is fine: kernels write to fresh tensors only.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def with_numpy(function: Callable, *args, **options):
+    """function with NumPy arrays among args and options read in place, results as NumPy arrays."""
+
+    def convert(value):
+        return _from_numpy(value) if isinstance(value, np.ndarray) else value
+
+    with torch.no_grad():
+        out = function(*map(convert, args), **{k: convert(v) for k, v in options.items()})
+    return tuple(o.numpy() for o in out) if isinstance(out, tuple) else out.numpy()
+
+
+# ---- torch.library ------------------------------------------------------------------------------
+
+_library = torch.library.Library("cgpt", "DEF")
+
+
+def define(
+    schema: str,
+    run: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    save: Callable | None = None,
+    autocast: Callable | None = None,
+) -> None:
+    """Register `cgpt::<schema>`.
+
+    Args:
+        run: the implementation on CPU and CUDA tensors.
+        fake: shapes, dtypes and strides of the outputs only.
+        backward, save: gradient and what it needs, as torch.library.register_autograd takes them.
+            Without them the op refuses to be differentiated.
+        autocast: maps the op's arguments to those cast for the active autocast dtype:
+            (device_type, *args) -> args.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"cgpt::{name}", fake, lib=_library)
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"{name}: a gradient of a gradient is not offered; use backend='eager' for it"
+        )
+
+    torch.library.register_autograd(
+        f"cgpt::{name}", backward or refuse, setup_context=save, lib=_library
+    )
+    if autocast is None:
+        return
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def cast_and_call(*args, device_type=device_type):
+            args = autocast(device_type, *args)
+            with torch.autocast(device_type, enabled=False):
+                return getattr(torch.ops.cgpt, name)(*args)
+
+        _library.impl(name, cast_and_call, key)

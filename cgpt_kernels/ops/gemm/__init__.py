@@ -1,0 +1,5 @@
+"""gemm."""
+
+from .op import gemm
+
+__all__ = ["gemm"]

@@ -1,0 +1,43 @@
+"""Gradients of LayerNorm from the saved mean and rstd."""
+
+import torch
+from torch import Tensor
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias; an empty tensor for each that `need` does not ask for.
+
+    xhat = (x - mean) * rstd,  g = dy * weight
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum(dy * xhat),  dbias = sum(dy)
+
+    Args:
+        dy, x: [..., C] in T.   weight, bias: [C], T or fp32.   mean, rstd: [rows], fp32.
+    Returns:
+        dx in T, dweight and dbias in the dtypes of weight and bias.
+    """
+    rows, C = mean.shape[0], x.shape[-1]
+    # ATen's kernel is exact enough only when all it gets is fp32: with bf16 rows it rounds partial
+    # sums of dweight to bf16.
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy.reshape(rows, C).float(),
+        x.reshape(rows, C).float(),
+        (C,),
+        mean[:, None],
+        rstd[:, None],
+        weight.float(),
+        None if bias is None else bias.float(),
+        (need[0], need[1], need[2] and bias is not None),
+    )
+    return (
+        dx.to(x.dtype).view(x.shape) if need[0] else x.new_empty(0),
+        dweight.to(weight.dtype) if need[1] else weight.new_empty(0),
+        dbias.to(bias.dtype) if need[2] and bias is not None else weight.new_empty(0),
+    )

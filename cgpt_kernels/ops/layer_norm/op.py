@@ -1,0 +1,318 @@
+"""layer_norm and add_layer_norm: contract, checks, autograd, registration.
+
+Letters: C normalised width, rows all leading dimensions together, T the dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import backends, checks
+from ..dispatch import (
+    PLAIN,
+    PLAIN_OR_NONE,
+    as_rows,
+    autocast_dtype,
+    cast,
+    define,
+    undisturbed,
+    with_numpy,
+)
+from . import reference
+from .backward import layer_norm_bwd
+
+LAYER_NORM = backends.Op("layer_norm", "layer_norm", "layer_norm_fwd")
+ADD_LAYER_NORM = backends.Op("add_layer_norm", "layer_norm", "layer_norm_fwd")
+
+_lean = backends.lean_kernels("layer_norm")
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension, var biased.
+
+    Args:
+        x: [..., C], T one of fp32, bf16, fp16 (fp64 on backend "eager"). Rows are read in place
+            when the last stride is 1. NumPy arrays are accepted everywhere.
+        weight, bias: [C], T or fp32.
+        eps: added to the variance.
+        backend: "auto" or a name; a name runs or raises.
+    Returns:
+        [..., C] in T, contiguous. Statistics are taken in fp32.
+    Raises:
+        ValueError, TypeError: before any memory is touched, naming argument, expected and got.
+    """
+    if (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN_OR_NONE
+        and undisturbed()
+        and x.is_cpu
+    ):
+        kernel = _lean.get((backend, x.dtype))
+        if kernel is not None and x.ndim > 0:
+            try:
+                if torch.is_grad_enabled() and (
+                    x.requires_grad
+                    or weight.requires_grad
+                    or (bias is not None and bias.requires_grad)
+                ):
+                    return _LayerNorm.apply(kernel, x, None, weight, bias, eps)
+                return _forward(kernel, x, None, weight, bias, eps)[0]
+            except ValueError:
+                # The kernel checks its arguments too; say it in the words of this signature.
+                _check("layer_norm", x, None, weight, bias, eps)
+                raise
+    return _general("layer_norm", x, None, weight, bias, eps, backend)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """s = x + residual; returns (layer_norm(s), s). The statistics are those of s as rounded to T.
+
+    Args:
+        x, residual: [..., C], T as for layer_norm.
+        weight, bias, eps, backend: as for layer_norm.
+    Returns:
+        y, s: [..., C] in T, contiguous.
+    """
+    if (
+        type(x) in PLAIN
+        and type(residual) in PLAIN
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN_OR_NONE
+        and undisturbed()
+        and x.is_cpu
+    ):
+        kernel = _lean.get((backend, x.dtype))
+        if kernel is not None and x.ndim > 0 and x.shape == residual.shape:
+            try:
+                if torch.is_grad_enabled() and (
+                    x.requires_grad
+                    or residual.requires_grad
+                    or weight.requires_grad
+                    or (bias is not None and bias.requires_grad)
+                ):
+                    return _LayerNorm.apply(kernel, x, residual, weight, bias, eps)
+                return _forward(kernel, x, residual, weight, bias, eps)[:2]
+            except ValueError:
+                _check("add_layer_norm", x, residual, weight, bias, eps)
+                raise
+    return _general("add_layer_norm", x, residual, weight, bias, eps, backend)
+
+
+def _check(op, x, residual, weight, bias, eps):
+    for name, value in (("x", x), ("weight", weight)):
+        checks.is_tensor(op, name, value)
+    if op == "add_layer_norm":
+        checks.is_tensor(op, "residual", residual)
+    checks.is_tensor(op, "bias", bias, optional=True)
+    given = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    checks.strided(op, given)
+    checks.has_dtype(op, "x", x, *checks.FLOATING)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least 1 dimension (..., C), got shape ()")
+    C = x.shape[-1]
+    if residual is not None:
+        checks.has_dtype(op, "residual", residual, x.dtype, why=" as x")
+        checks.has_shape(op, "residual", residual, x.shape, "the shape of x")
+    parameter_dtypes = {x.dtype} if x.dtype == torch.float64 else {x.dtype, torch.float32}
+    for name in ("weight", "bias"):
+        if given[name] is not None:
+            checks.has_dtype(op, name, given[name], *parameter_dtypes, why=" beside this x")
+            checks.has_shape(op, name, given[name], (C,), "(C,)")
+    checks.same_device(op, "x", given)
+    checks.in_range(op, "eps", eps, eps >= 0, ">= 0")
+
+
+def _general(op, x, residual, weight, bias, eps, backend):
+    """The way for everything but plain tensors in plain eager on the CPU."""
+    function = layer_norm if residual is None else add_layer_norm
+    tensors = (x, weight, bias) if op == "layer_norm" else (x, residual, weight, bias)
+    if any(type(t).__module__ == "numpy" for t in tensors):
+        return with_numpy(function, *tensors, eps=eps, backend=backend)
+    if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
+        x, residual = _autocast(x.device.type, x, residual)
+    _check(op, x, residual, weight, bias, eps)
+    tensors = (x, weight, bias) if residual is None else (x, residual, weight, bias)
+    chosen = backends.resolve(op, backend, tensors)
+    if residual is None:
+        if chosen == "eager":
+            return reference.layer_norm(x, weight, bias, eps)
+        return torch.ops.cgpt.layer_norm(x, weight, bias, eps, chosen)[0]
+    if chosen == "eager":
+        return reference.add_layer_norm(x, residual, weight, bias, eps)
+    return torch.ops.cgpt.add_layer_norm(x, residual, weight, bias, eps, chosen)[:2]
+
+
+def _autocast(device_type, x, residual):
+    # As eager: layer_norm runs in fp32 under CUDA autocast and as it comes under CPU autocast,
+    # and x + residual promotes.
+    if device_type == "cuda":
+        return cast(torch.float32, x, residual)
+    if residual is not None and isinstance(residual, Tensor) and residual.dtype != x.dtype:
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(wide), residual.to(wide)
+    return x, residual
+
+
+def _forward(kernel, x, residual, weight, bias, eps, statistics=False):
+    """y, sum (None without residual), mean, rstd (None unless asked for)."""
+    rows = x
+    if x.ndim != 2 or x.stride(-1) != 1:
+        rows = as_rows(x)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y_rows = y if y.ndim == 2 else y.view(rows.shape)
+    total = total_rows = residual_rows = mean = rstd = None
+    if residual is not None:
+        total = torch.empty_like(y)
+        total_rows = total if total.ndim == 2 else total.view(rows.shape)
+        residual_rows = as_rows(residual)
+    if statistics:
+        mean = x.new_empty(rows.shape[0], dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+    kernel(rows, residual_rows, weight, bias, y_rows, total_rows, mean, rstd, eps)
+    return y, total, mean, rstd
+
+
+class _LayerNorm(torch.autograd.Function):
+    """layer_norm, or add_layer_norm where residual is given."""
+
+    @staticmethod
+    def forward(ctx, kernel, x, residual, weight, bias, eps):
+        y, total, mean, rstd = _forward(kernel, x, residual, weight, bias, eps, statistics=True)
+        ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dtotal=None):
+        _, need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+        if dy is None:
+            return None, dtotal, dtotal, None, None, None
+        need = (need_x or need_residual, need_weight, need_bias)
+        dx, dweight, dbias = layer_norm_bwd(dy, *ctx.saved_tensors, need)
+        if dtotal is not None:
+            dx = dx + dtotal
+        return (
+            None,
+            dx if need_x else None,
+            dx if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            None,
+        )
+
+
+# ---- torch.ops.cgpt -----------------------------------------------------------------------------
+
+
+def _run(x, weight, bias, eps, backend):
+    kernel, _ = backends.implementation("layer_norm", backend)
+    y, _, mean, rstd = _forward(kernel, x, None, weight, bias, eps, statistics=True)
+    return y, mean, rstd
+
+
+def _fake(x, weight, bias, eps, backend):
+    rows = x.shape[:-1].numel()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _backward(ctx, dy, dmean, drstd):
+    need = ctx.needs_input_grad[:3]
+    grads = torch.ops.cgpt.layer_norm_bwd(dy, *ctx.saved_tensors, need)
+    return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None)
+
+
+def _run_add(x, residual, weight, bias, eps, backend):
+    kernel, _ = backends.implementation("add_layer_norm", backend)
+    return _forward(kernel, x, residual, weight, bias, eps, statistics=True)
+
+
+def _fake_add(x, residual, weight, bias, eps, backend):
+    y, mean, rstd = _fake(x, weight, bias, eps, backend)
+    return y, torch.empty_like(y), mean, rstd
+
+
+def _save_add(ctx, inputs, output):
+    _, _, weight, bias, _, _ = inputs
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(total, weight, bias, mean, rstd)
+
+
+def _backward_add(ctx, dy, dtotal, dmean, drstd):
+    need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+    need = (need_x or need_residual, need_weight, need_bias)
+    dx, dweight, dbias = torch.ops.cgpt.layer_norm_bwd(dy, *ctx.saved_tensors, need)
+    if need[0]:
+        dx = dx + dtotal
+    return (
+        dx if need_x else None,
+        dx if need_residual else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+        None,
+        None,
+    )
+
+
+def _fake_bwd(dy, x, weight, bias, mean, rstd, need):
+    return (
+        x.new_empty(x.shape if need[0] else 0),
+        weight.new_empty(weight.shape if need[1] else 0),
+        bias.new_empty(bias.shape) if need[2] and bias is not None else weight.new_empty(0),
+    )
+
+
+define(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, str backend)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    _run,
+    _fake,
+    save=_save,
+    backward=_backward,
+    autocast=lambda device_type, x, *rest: (_autocast(device_type, x, None)[0], *rest),
+)
+define(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps,"
+    " str backend) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+    _run_add,
+    _fake_add,
+    save=_save_add,
+    backward=_backward_add,
+    autocast=lambda device_type, x, residual, *rest: (
+        *_autocast(device_type, x, residual),
+        *rest,
+    ),
+)
+define(
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    " bool[3] need) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    layer_norm_bwd,
+    _fake_bwd,
+)
