@@ -20,7 +20,7 @@ import torch
 from . import checks
 
 try:
-    from . import _C
+    _C = importlib.import_module("cgpt_kernels._C")
 except ImportError as error:  # the reason is kept and told by resolve and explain
     _C = None
     _C_REASON = (

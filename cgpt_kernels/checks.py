@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: one line that names the argument, what was expected, what came.
+"""Argument checks shared by the ops: one line naming the argument, what was expected, what came.
 
 Every op runs the same checks on every backend, before any memory is touched.
 """
@@ -33,7 +33,7 @@ def is_tensor(op: str, name: str, value, *, optional: bool = False) -> None:
 def has_dtype(
     op: str, name: str, tensor: torch.Tensor, *allowed: torch.dtype, why: str = ""
 ) -> None:
-    """Raise TypeError unless the tensor's dtype is one of allowed; `why` says where they come from."""
+    """Raise TypeError unless the dtype is one of allowed; `why` says where those come from."""
     if tensor.dtype not in allowed:
         names = one_of(dict.fromkeys(name_of(d) for d in allowed))
         raise TypeError(f"{op}: {name} must be {names}{why}, got {name_of(tensor.dtype)}")

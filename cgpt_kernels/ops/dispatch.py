@@ -30,7 +30,7 @@ _jit_trace = torch._C._get_tracing_state
 def undisturbed() -> bool:
     """True when nothing stands between a call and the kernel: no compiler, mode or transform.
 
-    Six questions at about 60 ns each; a dispatcher round trip, which would answer them too, is 3 us.
+    Seven questions of about 60 ns; a dispatcher round trip, which answers them too, is 3 us.
     """
     return not (
         is_compiling()
@@ -49,12 +49,8 @@ def undisturbed() -> bool:
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] as [rows, C] with the last stride 1; copies only where strides cannot say it."""
     if x.ndim != 2:
-        # reshape cannot infer -1 of an empty tensor
-        x = (
-            x.reshape(-1, x.shape[-1])
-            if x.numel()
-            else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        )
+        # not -1, which reshape cannot infer of an empty tensor
+        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return dense_last(x)
 
 
@@ -77,7 +73,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """fp32, bf16 and fp16 tensors in dtype; fp64, integers, bool and None untouched, as autocast."""
+    """fp32, bf16 and fp16 tensors in dtype; fp64, integers, bool and None as they are."""
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(t.to(dtype) if t is not None and t.dtype in narrow else t for t in tensors)
 

@@ -1,4 +1,4 @@
-"""Matrix product with bias, activation and residual in plain PyTorch: what every backend is held to."""
+"""Matrix product, bias, activation, residual in plain PyTorch: what every backend is held to."""
 
 import torch
 import torch.nn.functional as F
