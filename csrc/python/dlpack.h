@@ -44,27 +44,34 @@ inline TensorView view_of(const DLTensor& t) {
   return v;
 }
 
-// The exchange table of an object's type, or nullptr. Types live long and are few: one slot of
-// memory (the last type seen) answers nearly every call.
+// The exchange table of a type, or nullptr. Types are few: torch.Tensor, Parameter and a subclass or
+// two share a handful of slots, filled in turn; the attribute lookup they save costs 0.1 us.
 inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
-  static PyTypeObject* last_type = nullptr;
-  static const DLPackExchangeAPI* last_api = nullptr;
-  if (type == last_type) return last_api;
+  struct Slot {
+    PyTypeObject* type = nullptr;
+    const DLPackExchangeAPI* api = nullptr;
+  };
+  static Slot slots[4];
+  static int next = 0;
+  for (const Slot& slot : slots)
+    if (slot.type == type) return slot.api;
+
   PyObject* capsule =
       PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
-  if (!capsule) {
-    PyErr_Clear();
-    return nullptr;
+  const DLPackExchangeAPI* api = nullptr;
+  if (capsule) {
+    api = static_cast<const DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    Py_DECREF(capsule);
   }
-  const auto* api = static_cast<const DLPackExchangeAPI*>(
-      PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (!api) PyErr_Clear();
+  PyErr_Clear();
   if (api && (api->header.version.major != DLPACK_MAJOR_VERSION ||
               !api->dltensor_from_py_object_no_sync))
-    return nullptr;
-  if (api && PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE)) Py_INCREF(type);  // stays valid as a key
-  if (api) last_type = type, last_api = api;
+    api = nullptr;
+  // Held for good: a type freed and another allocated at its address would inherit the answer.
+  Py_INCREF(type);
+  slots[next] = {type, api};
+  next = (next + 1) % 4;
   return api;
 }
 
