@@ -2,6 +2,7 @@
 
 from . import ops
 from .backends import explain
+from .generate import generate
 from .gpt import GPT, GPTConfig
 
-__all__ = ["GPT", "GPTConfig", "explain", "ops"]
+__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops"]

@@ -13,17 +13,15 @@ published with model_type "btlm" and the mup_* fields used here.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from . import checkpoint
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -196,32 +194,27 @@ _REFUSED_BY_TRANSFORMERS = "see mup_scale_qk_dot_by_d"
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once: keys, values [L, B, H, capacity, D].
+    """Keys and values of all layers, [B, H, capacity, D] each, of which `length` are filled.
 
-    `length` tokens are filled. GPT.forward appends its tokens and advances it.
+    GPT.forward appends its tokens and advances `length`. A layer's memory is taken once, at its
+    first token, in the dtype and on the device of its keys.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, dtype, device):
-        shape = (config.n_layer, batch, config.n_head, capacity, config.head_dim)
-        # Zeros, not empty: a masked key is multiplied by 0, and 0 * NaN would be NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    @property
-    def batch(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
+    def __init__(self, n_layer: int, batch: int, capacity: int):
+        self.keys: list[Tensor | None] = [None] * n_layer
+        self.values: list[Tensor | None] = [None] * n_layer
+        self.batch, self.capacity, self.length = batch, capacity, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B, H, S, D] after the cached ones; returns views [B, H, length + S, D]."""
+        if self.keys[layer] is None:
+            B, H, _, D = k.shape
+            self.keys[layer] = k.new_empty(B, H, self.capacity, D)
+            self.values[layer] = v.new_empty(B, H, self.capacity, D)
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -310,10 +303,7 @@ class GPT(nn.Module):
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `capacity` tokens (n_positions)."""
-        wte = self.transformer.wte.weight
-        return KVCache(
-            self.config, batch, capacity or self.config.n_positions, wte.dtype, wte.device
-        )
+        return KVCache(self.config.n_layer, batch, capacity or self.config.n_positions)
 
     def hidden_states(
         self,
@@ -436,20 +426,10 @@ class GPT(nn.Module):
         exactly, but as model_type "btlm", which transformers refuses rather than computing other
         logits; `fold_mup()` first makes it a plain one.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (p.t() if _is_conv1d(name) else p).detach().contiguous()
-            for name, p in self.state_dict().items()
-            if name != "lm_head.weight"  # tied: stored once, as wte
-        }
+        weights = self.state_dict()
+        del weights["lm_head.weight"]  # tied: stored once, as wte
         dtype = str(self.transformer.wte.weight.dtype).removeprefix("torch.")
-        text = json.dumps(self.config.to_dict() | {"dtype": dtype}, indent=2) + "\n"
-        _replace(
-            folder / "model.safetensors",
-            lambda file: save_file(weights, file, metadata={"format": "pt"}),
-        )
-        _replace(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+        checkpoint.write(path, self.config.to_dict() | {"dtype": dtype}, weights)
 
     @classmethod
     def from_pretrained(
@@ -463,12 +443,11 @@ class GPT(nn.Module):
 
         dtype: None keeps what is stored. Raises ValueError naming the file and the field or tensor.
         """
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"GPT.from_pretrained: {folder} is not a folder with a config.json")
-        config_dict = _read_json(folder / "config.json")
-        config = GPTConfig.from_dict(config_dict, where=str(folder / "config.json"))
-        return _assemble(config, _read_weights(folder, config, dtype, device)).eval()
+        fields, where = checkpoint.read_config(path)
+        config = GPTConfig.from_dict(fields, where=where)
+        with torch.device("meta"):
+            expected = {name: tuple(p.shape) for name, p in cls(config).state_dict().items()}
+        return _assemble(config, checkpoint.read_weights(path, expected, dtype, device)).eval()
 
 
 def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
@@ -499,84 +478,3 @@ def _assemble(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     )
     model.lm_head.weight = model.transformer.wte.weight
     return model
-
-
-def _is_conv1d(name: str) -> bool:
-    """Whether GPT-2 stores this weight transposed, [in, out]."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def _replace(file: Path, write) -> None:
-    """Call write(temporary file) and rename it to `file`: readers see the old one or the new."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(
-            f"GPT.from_pretrained: {folder} holds no model.safetensors (nor its index); other "
-            "formats are converted by transformers' from_pretrained(...).save_pretrained(...)"
-        )
-    files = [
-        folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))
-    ]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{index}: names {file.name}, which is missing")
-    return files
-
-
-def _read_weights(folder: Path, config: GPTConfig, dtype, device) -> dict[str, Tensor]:
-    """The checkpoint's tensors under this model's names and layouts, each checked."""
-    with torch.device("meta"):
-        expected = {n: tuple(p.shape) for n, p in GPT(config).state_dict().items()}
-    weights = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for key in tensors.keys():
-                    # GPT2Model saves without the prefix; old files hold the causal mask as well.
-                    name = (
-                        key
-                        if key.startswith(("transformer.", "lm_head."))
-                        else f"transformer.{key}"
-                    )
-                    if name.endswith((".attn.bias", ".attn.masked_bias")):
-                        continue
-                    if name not in expected:
-                        raise ValueError(f"{file}: unexpected tensor {key!r} for this config.json")
-                    t = tensors.get_tensor(key)
-                    stored = expected[name][::-1] if _is_conv1d(name) else expected[name]
-                    if tuple(t.shape) != stored:
-                        raise ValueError(
-                            f"{file}: {key} must have shape {stored}, got {tuple(t.shape)}"
-                        )
-                    t = t.t().contiguous() if _is_conv1d(name) else t
-                    weights[name] = t if dtype is None else t.to(dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
-    missing = [n for n in expected if n not in weights and n != "lm_head.weight"]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    wte, head = weights["transformer.wte.weight"], weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, wte):
-        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only tied heads load")
-    return weights

@@ -1,0 +1,126 @@
+"""Hugging Face GPT-2 checkpoint folders: config.json and safetensors, read and written.
+
+GPT-2 stores its projections as Conv1D, [in, out]; the tensors given and taken here are nn.Linear's,
+[out, in], under the names of `GPT.state_dict()`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def read_config(path: str | os.PathLike) -> tuple[dict, str]:
+    """The contents of the folder's config.json, and that file's name for messages."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"GPT.from_pretrained: {path} is not a folder with a config.json")
+    return _read_json(file), str(file)
+
+
+def read_weights(
+    path: str | os.PathLike,
+    expected: dict[str, tuple[int, ...]],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> dict[str, Tensor]:
+    """All tensors of `expected` (name: shape) but the tied "lm_head.weight", checked.
+
+    Raises ValueError naming the file and what is missing, unexpected or of another shape.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(Path(path)):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for key in tensors.keys():
+                    name = _name(key)
+                    if name is None:
+                        continue
+                    if name not in expected:
+                        raise ValueError(f"{file}: config.json has no place for tensor {key!r}")
+                    t = tensors.get_tensor(key)
+                    shape = expected[name][::-1] if _is_conv1d(name) else expected[name]
+                    if tuple(t.shape) != shape:
+                        raise ValueError(
+                            f"{file}: {key} must have shape {shape}, got {tuple(t.shape)}"
+                        )
+                    weights[name] = (
+                        (t.t() if _is_conv1d(name) else t).to(dtype or t.dtype).contiguous()
+                    )
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+    head = weights.pop("lm_head.weight", None)
+    missing = [n for n in expected if n not in weights and n != "lm_head.weight"]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight; only tied heads load")
+    return weights
+
+
+def write(path: str | os.PathLike, config: dict, weights: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors into the folder, each renamed into place whole."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {n: (t.t() if _is_conv1d(n) else t).contiguous() for n, t in weights.items()}
+    text = json.dumps(config, indent=2) + "\n"
+    _replace(
+        folder / "model.safetensors",
+        lambda file: save_file(stored, file, metadata={"format": "pt"}),
+    )
+    _replace(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _name(key: str) -> str | None:
+    """The state_dict name of a stored tensor; None for the causal mask that old files carry."""
+    if key.endswith((".attn.bias", ".attn.masked_bias")):
+        return None
+    # GPT2Model, without the LM head, saves its tensors without the prefix.
+    return key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+
+
+def _is_conv1d(name: str) -> bool:
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def _replace(file: Path, write_to: Callable[[Path], object]) -> None:
+    """write_to a temporary file, then rename: readers see the whole old file or the new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write_to(temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(
+            f"GPT.from_pretrained: {folder} holds no model.safetensors (nor its index); other "
+            "formats are converted by transformers' from_pretrained(...).save_pretrained(...)"
+        )
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{index}: names {name}, which is missing")
+    return [folder / name for name in names]

@@ -1,0 +1,197 @@
+"""Text generation: one loop for the reference GPT and for Hugging Face causal language models.
+
+Prefill reads the prompt once and fills the KV cache; each further step feeds one token per
+sequence and computes the LM head for that position only.
+
+B sequences, S prompt tokens (padded on the left), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .gpt import GPT, check_token_ids
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+    use_cache: bool = True,
+    stream: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """Continue each prompt by up to max_new_tokens tokens; returns prompts and continuations.
+
+    model: a `GPT` or a Hugging Face causal language model, in the train or eval mode it is in.
+    input_ids: int64 [B, S], S >= 1.
+    temperature: 0 is greedy; otherwise the logits are divided by it and a token is drawn.
+    top_k, top_p: draw from the k likeliest tokens; from the fewest that hold probability p.
+    seed: of the draws; None takes torch's default generator.
+    eos_token_id: ends a sequence (several: any of them); the first one then fills its row. None
+        never ends one early.
+    attention_mask: [B, S], 0 for padding, which must be on the left. None: no padding.
+    stream: called after each step with the new tokens, int64 [B], on the CPU.
+
+    Returns int64 [B, S + n], n <= max_new_tokens: shorter only when every sequence has ended.
+    """
+    run = _adapter(model, use_cache)
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    _check_prompt(input_ids, attention_mask, max_new_tokens, run.vocab_size, run.n_positions)
+    device = input_ids.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    ends = None
+    if eos_token_id is not None:
+        ends = torch.tensor(eos_token_id, device=device).reshape(-1)
+
+    B, S = input_ids.shape
+    total = S + max_new_tokens
+    tokens = torch.empty(B, total, dtype=torch.long, device=device)
+    tokens[:, :S] = input_ids
+    mask = positions = None
+    if attention_mask is not None and not attention_mask.bool().all():
+        mask = torch.ones_like(tokens)
+        mask[:, :S] = attention_mask.bool()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    run.start(B, total)
+    for at in range(S, total):
+        first = at - 1 if use_cache and at > S else 0  # cached tokens are not fed again
+        logits = run.step(
+            tokens[:, first:at],
+            None if mask is None else mask[:, :at],
+            None if positions is None else positions[:, first:at],
+        )
+        chosen = _choose(logits.float(), temperature, top_k, top_p, generator)  # B
+        if ends is not None:
+            chosen = torch.where(ended, ends[0], chosen)
+            ended |= torch.isin(chosen, ends)
+        tokens[:, at] = chosen
+        if stream is not None:
+            stream(chosen.cpu())
+        if ends is not None and bool(ended.all()):
+            return tokens[:, : at + 1]
+    return tokens
+
+
+class _ReferenceSteps:
+    """Logits of the last position, step by step, from a `GPT` and its static cache."""
+
+    def __init__(self, model: nn.Module, config, use_cache: bool):
+        self.model, self.use_cache = model, use_cache
+        self.vocab_size, self.n_positions = config.vocab_size, config.n_positions
+
+    def start(self, batch: int, total: int) -> None:
+        self.cache = self.model.new_cache(batch, total) if self.use_cache else None
+
+    def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        logits = self.model(
+            ids, attention_mask=mask, position_ids=positions, cache=self.cache, last_only=True
+        )
+        return logits[:, -1]  # B V
+
+
+class _HuggingFaceSteps:
+    """The same from a Hugging Face causal language model and the cache it returns."""
+
+    def __init__(self, model: nn.Module, use_cache: bool):
+        self.model, self.use_cache = model, use_cache
+        config = model.config
+        self.vocab_size = config.vocab_size
+        self.n_positions = getattr(config, "max_position_embeddings", None)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+        self.accepted = inspect.signature(inner.forward).parameters
+
+    def start(self, batch: int, total: int) -> None:
+        self.cache = None
+
+    def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=self.use_cache,
+            **{k: v for k, v in optional.items() if k in self.accepted and v is not None},
+        )
+        if self.use_cache:
+            self.cache = out.past_key_values
+        return out.logits[:, -1]  # B V
+
+
+def _adapter(model: nn.Module, use_cache: bool) -> _ReferenceSteps | _HuggingFaceSteps:
+    plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
+    if isinstance(plain, GPT):
+        return _ReferenceSteps(model, plain.config, use_cache)
+    if hasattr(plain, "can_generate") and plain.can_generate():
+        if not plain.config.is_encoder_decoder:
+            return _HuggingFaceSteps(model, use_cache)
+    raise TypeError(
+        "generate: model must be a cgpt_kernels.GPT or a Hugging Face causal language model, "
+        f"got {type(plain).__name__}"
+    )
+
+
+def _choose(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
+    """One token per row of logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p  # what stands before it already holds top_p
+        logits = logits.scatter(-1, order, ordered.masked_fill(outside, -math.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"generate: temperature must be 0 (greedy) or positive, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError("generate: top_k and top_p need temperature > 0 (0 is greedy)")
+
+
+def _check_prompt(input_ids, attention_mask, max_new_tokens, vocab_size, n_positions) -> None:
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"generate: input_ids must be [B, S], neither empty, got {tuple(input_ids.shape)}"
+        )
+    check_token_ids(input_ids, vocab_size)
+    S = input_ids.shape[1]
+    if n_positions is not None and S + max_new_tokens > n_positions:
+        raise ValueError(
+            f"generate: {S} prompt tokens + {max_new_tokens} new ones exceed the model's "
+            f"{n_positions} positions"
+        )
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"generate: attention_mask must have shape {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    keep = attention_mask.bool()
+    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
+        raise ValueError("generate: attention_mask must pad on the left (zeros, then ones)")
