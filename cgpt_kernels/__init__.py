@@ -4,5 +4,6 @@ from . import ops
 from .backends import explain
 from .generate import generate
 from .gpt import GPT, GPTConfig
+from .replace import replace, restore
 
-__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops"]
+__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops", "replace", "restore"]

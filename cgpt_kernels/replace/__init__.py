@@ -1,0 +1,215 @@
+"""Swap a model's modules for fused ones, in place, and back.
+
+`replace` changes the class of each module that has a fused counterpart (see swap.py for why that
+keeps everything else as it was). The counterparts live in one adapter file per model family,
+imported only when a model holds one of its modules: transformers stays optional.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import nn
+
+from cgpt_kernels import backends, checks
+from cgpt_kernels.replace import torch_nn
+from cgpt_kernels.replace.swap import Replaced
+from cgpt_kernels.replace.table import Row, Table
+
+__all__ = ["Replacement", "replace", "restore"]
+
+# Where a module's class is defined -> the adapter that knows it.
+_ADAPTERS = {
+    "cgpt_kernels.gpt": "reference_gpt",
+    "transformers.pytorch_utils": "hf_gpt2",  # Conv1D
+    "transformers.models.gpt2.modeling_gpt2": "hf_gpt2",
+    "transformers.models.bert.modeling_bert": "hf_bert",
+}
+_SUPPORTED = f"cgpt_kernels.GPT, Hugging Face GPT-2 and BERT, and {torch_nn.SUPPORTED} in any model"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Replacement:
+    """What `replace` did; `restore()` undoes it, as does leaving it as a context manager.
+
+    table: one row per module of the model: replaced by what, or left alone and why.
+    """
+
+    def __init__(self, model: nn.Module, table: Table, before: list):
+        self.model = model
+        self.table = table
+        self._before = before  # (module, class, backend) of each module that was changed
+
+    def restore(self) -> None:
+        """Set every module back to what it was before this call; a second time does nothing."""
+        before, self._before = self._before, []
+        for module, cls, backend in before:
+            _set(module, cls, backend)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        replaced = len(self.table.replaced)
+        kind = type(self.model).__name__
+        return f"Replacement({kind}: {replaced} of {len(self.table)} modules replaced)"
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def __rich__(self):
+        return self.table.__rich__()
+
+
+def replace(
+    model: nn.Module,
+    backend: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: None = None,
+) -> Replacement:
+    """Run `model` on this project's ops: swap its modules for fused ones, in place.
+
+    model: Hugging Face GPT-2 or BERT, `cgpt_kernels.GPT`, or any module tree that holds
+        nn.LayerNorm, nn.Linear, nn.MultiheadAttention or nn.TransformerEncoderLayer. Subclasses of
+        these are left alone, since their behaviour is their own.
+    backend: "auto" lets each op choose for its tensors and fall back where it must; a named one
+        runs or raises.
+    dtype: casts the model, as model.to(dtype) does; `restore` does not cast back.
+    quantize: None, the only value: quantised weights are not offered.
+
+    Parameters, buffers, hooks, tying and the state_dict stay as they are, so training, saving,
+    LoRA, `generate` and torch.compile go on as before. Calling it again picks up modules added
+    since and changes the backend. Outputs differ from eager's by rounding; dropout in training
+    draws other masks from the same generator.
+
+    Raises ValueError or TypeError before anything is changed: nothing to replace, an unknown
+    backend, or a named backend that cannot run on the model's device and dtype.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
+    if quantize is not None:
+        raise ValueError(
+            f"replace: quantize must be None, got {quantize!r}: weights keep the model's dtype "
+            "(dtype=torch.bfloat16 halves fp32 ones)"
+        )
+    if dtype is not None and dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"replace: dtype must be None or one of {names}, got {dtype!r}")
+
+    table, changes = Table(), []
+    for name, module in model.named_modules():
+        if type(module) in (nn.ModuleList, nn.ModuleDict):  # nothing is computed there
+            continue
+        fused, reason = _plan(module)
+        cls = fused.original() if fused else type(module)
+        table.append(Row(name, cls.__name__, fused and fused.__name__, reason))
+        if fused is not None:
+            changes.append((module, fused))
+    if not changes:
+        held = sorted({row.cls for row in table if row.name} or {type(model).__name__})
+        raise ValueError(
+            f"replace: nothing in {type(model).__name__} can be replaced, it holds "
+            f"{', '.join(held[:8])}. Supported: {_SUPPORTED}. "
+            "CONTRIBUTING.md, 'Add a model', says how to write an adapter"
+        )
+    _check_backend(backend, changes, dtype)
+
+    if dtype is not None:
+        model.to(dtype)
+    before = []
+    for module, fused in changes:
+        if type(module) is not fused or module.kernel_backend != backend:
+            before.append((module, type(module), getattr(module, "kernel_backend", None)))
+            _set(module, fused, backend)
+    return Replacement(model, table, before)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every replaced module of `model` its own class again; outputs are eager's, bit for bit.
+
+    Raises ValueError where nothing is replaced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
+    replaced = [module for module in model.modules() if isinstance(module, Replaced)]
+    if not replaced:
+        raise ValueError(
+            f"restore: nothing in this {type(model).__name__} is replaced; call replace first"
+        )
+    for module in replaced:
+        if type(module) is not _fused_class(type(module).original()):
+            raise ValueError(
+                f"restore: a module's class is {type(module).__name__}, built by another library "
+                f"on {type(module).__mro__[1].__name__}; undo that (a parametrization, FSDP) first"
+            )
+    for module in replaced:
+        _set(module, type(module).original(), None)
+
+
+def _check_backend(backend: str, changes: list, dtype: torch.dtype | None) -> None:
+    """ValueError where `backend` is unknown, or named and unable to run what `changes` need."""
+    checks.is_choice("replace", "backend", backend, ("auto", *backends.BACKENDS))
+    if backend == "auto":
+        return
+    needs = set()
+    for module, fused in changes:
+        for p in module.parameters():
+            if not p.is_meta:  # these tensors come later, and with them their device
+                kept = dtype is None or not p.is_floating_point()
+                needs.update((op, p.device, p.dtype if kept else dtype) for op in fused.uses)
+    for op, device, p_dtype in sorted(needs, key=str):
+        vector = torch.zeros(16, dtype=p_dtype, device=device)
+        matrix, heads = vector.expand(16, 16), vector.expand(1, 1, 16, 16)
+        tensors = {"layer_norm": (matrix, vector, vector), "gemm": (matrix, matrix, vector)}
+        try:
+            backends.resolve(op, backend, tensors.get(op, (heads, heads, heads)))
+        except ValueError as error:
+            raise ValueError(f"replace: {error}") from None
+
+
+def _set(module: nn.Module, cls: type, backend: str | None) -> None:
+    module.__class__ = cls
+    module.__dict__.pop("kernel_backend", None)
+    if backend not in (None, "auto"):
+        module.kernel_backend = backend
+
+
+def _fused_class(cls: type) -> type[Replaced] | None:
+    """The fused counterpart of a module class, importing the adapter that knows it."""
+    adapter = _ADAPTERS.get(cls.__module__)
+    if adapter is None:
+        return torch_nn.CLASSES.get(cls)
+    return importlib.import_module(f"{__name__}.{adapter}").CLASSES.get(cls)
+
+
+def _plan(module: nn.Module) -> tuple[type[Replaced] | None, str]:
+    """(fused class or None, reason or note) for one module."""
+    cls = type(module)
+    if isinstance(module, Replaced):
+        if cls is _fused_class(cls.original()):
+            return cls, cls.note(module)
+        return None, f"its class was built by another library on {cls.__mro__[1].__name__}"
+    fused = _fused_class(cls)
+    if fused is None:
+        return None, _why_not(module)
+    if "forward" in module.__dict__:
+        return None, "its forward was patched on the object (accelerate does that)"
+    reason = fused.unsuitable(module)
+    return (None, reason) if reason else (fused, fused.note(module))
+
+
+def _why_not(module: nn.Module) -> str:
+    cls = type(module)
+    if cls in torch_nn.LEFT_ALONE:
+        return torch_nn.LEFT_ALONE[cls]
+    for base in cls.__mro__[1:]:
+        if base is not nn.Module and issubclass(base, nn.Module) and _fused_class(base):
+            return f"a subclass of {base.__name__}, which may behave in its own way"
+    if next(module.children(), None) is not None:
+        return "its own forward runs, on the parts below"
+    return "no kernel for this class"

@@ -1,0 +1,204 @@
+"""Hugging Face GPT-2: GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification and the like.
+
+A block becomes six ops: layer_norm, gemm (q, k, v), attention, gemm + residual, layer_norm,
+gemm + GELU, gemm + residual. Conv1D weights stay [in, out].
+
+B batch, S queries, T keys, C width, H heads, D = C / H.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.pytorch_utils import Conv1D
+
+from cgpt_kernels import ops
+from cgpt_kernels.replace.hf import (
+    activation_name,
+    attend,
+    expressible,
+    implementation,
+    update_cache,
+)
+from cgpt_kernels.replace.swap import (
+    Replaced,
+    dense,
+    norm,
+    norm_sum,
+    plain,
+    project,
+    project_activate,
+    project_add,
+)
+from cgpt_kernels.replace.torch_nn import FusedLayerNorm
+
+
+class FusedConv1D(Conv1D, Replaced):
+    uses = ("gemm",)
+    weight_layout = "kn"
+
+    @classmethod
+    def unsuitable(cls, module):
+        return None if dense(module) else f"its weight is a {type(module.weight).__name__}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        wb = dense(self)
+        if wb is None:
+            return super().forward(x)
+        return ops.gemm(x, wb[0], wb[1], weight_layout="kn", backend=self.kernel_backend)
+
+
+class FusedGPT2Attention(GPT2Attention, Replaced):
+    """Called as a module it keeps the contract of GPT2Attention, attention weights included: where
+    the implementation is "eager", which returns them, the original forward runs."""
+
+    uses = ("gemm", "attention")
+
+    @classmethod
+    def unsuitable(cls, module):
+        if module.is_cross_attention:
+            return "cross-attention runs its own forward"
+        return None
+
+    @classmethod
+    def note(cls, module):
+        if module.reorder_and_upcast_attn and implementation(module.config) == "eager":
+            return "reorder_and_upcast_attn runs the original attention"
+        return ""
+
+    def forward(
+        self,
+        hidden_states,
+        past_key_values=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        output_attentions=False,
+        **kwargs,
+    ):
+        if (
+            encoder_hidden_states is not None
+            or output_attentions
+            or implementation(self.config) != "sdpa"
+            or not expressible("sdpa", attention_mask, kwargs)
+        ):
+            return super().forward(
+                hidden_states,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+        y = _heads(
+            self, "sdpa", hidden_states, past_key_values, attention_mask, self.kernel_backend
+        )
+        y = project(self._modules["c_proj"], FusedConv1D, y, self.kernel_backend)
+        return self.resid_dropout(y), None
+
+
+class FusedGPT2MLP(GPT2MLP, Replaced):
+    uses = ("gemm",)
+
+    @classmethod
+    def note(cls, module):
+        return "" if activation_name(module.act) else f"{type(module.act).__name__} is not fused"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        y = _hidden(self, hidden_states, self.kernel_backend)
+        return self.dropout(project(self._modules["c_proj"], FusedConv1D, y, self.kernel_backend))
+
+
+class FusedGPT2Block(GPT2Block, Replaced):
+    uses = ("layer_norm", "gemm", "attention")
+
+    @classmethod
+    def note(cls, module):
+        if hasattr(module, "crossattention"):
+            return "with encoder_hidden_states the original forward runs, on the replaced parts"
+        return ""
+
+    def forward(
+        self,
+        hidden_states,
+        past_key_values=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        use_cache=False,
+        **kwargs,
+    ):
+        if encoder_hidden_states is not None:
+            return super().forward(
+                hidden_states,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        parts, backend = self._modules, self.kernel_backend
+        attn, mlp = parts["attn"], parts["mlp"]
+        kind = implementation(attn.config)
+
+        x = norm(parts["ln_1"], FusedLayerNorm, hidden_states, backend)
+        if (
+            plain(attn, FusedGPT2Attention)
+            and expressible(kind, attention_mask, kwargs)
+            and not (kind == "eager" and attn.reorder_and_upcast_attn)
+        ):
+            inner = attn._modules
+            y = _heads(attn, kind, x, past_key_values, attention_mask, backend)
+            y, added = project_add(
+                inner["c_proj"], FusedConv1D, y, hidden_states, inner["resid_dropout"], backend
+            )
+        else:
+            y, _ = attn(
+                x,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            added = False
+        x, residual = norm_sum(parts["ln_2"], FusedLayerNorm, y, added, hidden_states, backend)
+
+        if not plain(mlp, FusedGPT2MLP):
+            return residual + mlp(x)
+        inner = mlp._modules
+        y = _hidden(mlp, x, backend)
+        y, added = project_add(inner["c_proj"], FusedConv1D, y, residual, inner["dropout"], backend)
+        return y if added else residual + y
+
+
+def _heads(attn, kind: str, x: Tensor, cache, mask: Tensor | None, backend: str) -> Tensor:
+    """The heads' outputs side by side, before c_proj. x [B, S, C] -> [B, S, C]."""
+    B, S, _ = x.shape
+    qkv = project(attn._modules["c_attn"], FusedConv1D, x, backend)
+    q, k, v = qkv.view(B, S, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)  # B H S D
+    k, v = update_cache(cache, k, v, attn.layer_idx)
+    return attend(
+        kind,
+        q,
+        k,
+        v,
+        mask,
+        is_causal=attn.is_causal,
+        scale=attn.scaling,
+        dropout_p=attn._modules["attn_dropout"].p if attn.training else 0.0,
+        backend=backend,
+    )
+
+
+def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
+    """act(c_fc(x)), [B, S, C] -> [B, S, n_inner]."""
+    inner = mlp._modules
+    act = inner["act"]
+    return project_activate(inner["c_fc"], FusedConv1D, x, act, activation_name(act), backend)
+
+
+CLASSES = {
+    cls.original(): cls for cls in (FusedConv1D, FusedGPT2Attention, FusedGPT2MLP, FusedGPT2Block)
+}

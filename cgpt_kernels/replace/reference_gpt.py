@@ -1,0 +1,96 @@
+"""The reference GPT (cgpt_kernels.gpt), with the same fusions as Hugging Face's GPT-2.
+
+B batch, S new tokens, T all tokens, C width, H heads, D = C / H.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cgpt_kernels import ops
+from cgpt_kernels.gpt import ACTIVATIONS, MLP, Block, CausalSelfAttention
+from cgpt_kernels.replace.swap import (
+    Replaced,
+    norm,
+    norm_sum,
+    operands,
+    plain,
+    project,
+    project_activate,
+)
+from cgpt_kernels.replace.torch_nn import FusedLayerNorm, FusedLinear
+
+_ACTIVATION_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
+
+
+class FusedCausalSelfAttention(CausalSelfAttention, Replaced):
+    uses = ("gemm", "attention")
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
+        y = _heads(self, x, mask, cache, self.kernel_backend)
+        return project(self._modules["c_proj"], FusedLinear, y, self.kernel_backend)
+
+
+class FusedMLP(MLP, Replaced):
+    uses = ("gemm",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _hidden(self, x, self.kernel_backend)
+        return project(self._modules["c_proj"], FusedLinear, y, self.kernel_backend)
+
+
+class FusedBlock(Block, Replaced):
+    uses = ("layer_norm", "gemm", "attention")
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
+        parts, backend = self._modules, self.kernel_backend
+        attn, mlp = parts["attn"], parts["mlp"]
+
+        y = norm(parts["ln_1"], FusedLayerNorm, x, backend)
+        if plain(attn, FusedCausalSelfAttention):
+            y = _heads(attn, y, mask, cache, backend)
+            y, added = _project_add(attn._modules["c_proj"], y, x, backend)
+        else:
+            y, added = attn(y, mask, cache), False
+        y, x = norm_sum(parts["ln_2"], FusedLayerNorm, y, added, x, backend)
+
+        if not plain(mlp, FusedMLP):
+            return x + mlp(y)
+        y = _hidden(mlp, y, backend)
+        y, added = _project_add(mlp._modules["c_proj"], y, x, backend)
+        return y if added else x + y
+
+
+def _project_add(linear, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
+    """(linear(x), whether residual was added to it)."""
+    wb = operands(linear, FusedLinear)
+    if wb is None or residual.dtype is not x.dtype:
+        return linear(x), False
+    return ops.gemm(x, wb[0], wb[1], residual=residual, backend=backend), True
+
+
+def _heads(attn, x: Tensor, mask: Tensor | None, cache, backend: str) -> Tensor:
+    """The heads' outputs side by side, before c_proj. x [B, S, C] -> [B, S, C]."""
+    B, S, C = x.shape
+    qkv = project(attn._modules["c_attn"], FusedLinear, x, backend)
+    H = attn.n_head
+    q, k, v = qkv.view(B, S, 3, H, C // H).permute(2, 0, 3, 1, 4)  # B H S D
+    if cache is not None:
+        k, v = cache.append(attn.layer, k, v)
+    # Without a mask the model means causal, and it makes a mask where S of more than one token
+    # follow cached ones.
+    y = ops.attention(
+        q, k, v, causal=mask is None, attn_bias=mask, scale=attn.scale, backend=backend
+    )
+    return y.transpose(1, 2).reshape(B, S, C)
+
+
+def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
+    """activation(c_fc(x)), [B, S, C] -> [B, S, n_inner]."""
+    name = mlp.activation
+    return project_activate(
+        mlp._modules["c_fc"], FusedLinear, x, ACTIVATIONS[name], _ACTIVATION_NAMES[name], backend
+    )
+
+
+CLASSES = {cls.original(): cls for cls in (FusedCausalSelfAttention, FusedMLP, FusedBlock)}

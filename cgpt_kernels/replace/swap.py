@@ -1,0 +1,162 @@
+"""What every adapter builds on: the marker of a replaced class and the pieces of a fused block.
+
+A module is replaced by changing its class, never the object: `module.__class__` becomes a
+module-level subclass whose forward calls the ops. Parameters, buffers, hooks, names and tying are
+the object's own, so they stay. Going back means setting the class to the subclass's base.
+
+A fused block may read a submodule's weights instead of calling it only where nobody could tell the
+difference: exactly our class, no hooks, no patched forward, dense weights (`operands`). Otherwise
+it calls the submodule, which keeps LoRA wrappers, hooks and quantised weights of others working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+from cgpt_kernels import ops
+
+# Weights whose memory an op may read. Subclasses (quantised, sharded) bring their own arithmetic.
+DENSE = frozenset((nn.Parameter, Tensor))
+
+
+class Replaced:
+    """Mixed into every fused class, after the class it replaces (Python assigns __class__ only
+    between classes of one memory layout, which the first base sets).
+
+    uses: names of the ops that the forward calls, which a backend asked for by name must offer.
+    """
+
+    uses: tuple[str, ...] = ()
+    kernel_backend = "auto"  # any other is set on the instance: deepcopy and pickle carry it along
+
+    @classmethod
+    def original(cls) -> type[nn.Module]:
+        """The class that this one replaces."""
+        return next(c for c in cls.__mro__ if not issubclass(c, Replaced))
+
+    @classmethod
+    def unsuitable(cls, module: nn.Module) -> str | None:
+        """Why `module`, an instance of `original()`, must stay as it is; None where it need not."""
+        return None
+
+    @classmethod
+    def note(cls, module: nn.Module) -> str:
+        """What a user should know about this replacement; usually nothing."""
+        return ""
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward (hooks, a patched forward)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate puts its own forward on the instance
+        or _global_forward_hooks  # hooks on every module of the process, as profilers set them
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    )
+
+
+def plain(module: nn.Module, cls: type) -> bool:
+    """Whether `module` is exactly `cls` and may be read past its __call__."""
+    return type(module) is cls and not hooked(module)
+
+
+def operands(module: nn.Module, cls: type) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) of a module that may be read past its __call__, else None."""
+    if type(module) is not cls or hooked(module):
+        return None
+    return dense(module)
+
+
+def dense(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias) as stored; None where they are absent, computed or not plain memory."""
+    parameters = module._parameters  # a plain dict: attribute access on modules costs 5 times more
+    weight = parameters.get("weight")
+    if type(weight) not in DENSE:
+        return None
+    return weight, parameters.get("bias")
+
+
+def idle(dropout: nn.Module) -> bool:
+    """Whether a dropout module passes its input through, unobserved."""
+    kind = type(dropout)
+    passes = kind is nn.Identity or (kind is nn.Dropout and not (dropout.training and dropout.p))
+    return passes and not hooked(dropout)
+
+
+def project(linear: nn.Module, cls: type, x: Tensor, backend: str) -> Tensor:
+    """linear(x) through the op where possible. x [..., K] -> [..., N].
+
+    cls: the fused class of `linear`, which names the layout of its weight.
+    """
+    wb = operands(linear, cls)
+    if wb is None:
+        return linear(x)
+    return ops.gemm(x, wb[0], wb[1], weight_layout=cls.weight_layout, backend=backend)
+
+
+def project_activate(
+    linear: nn.Module, cls: type, x: Tensor, activation: Callable, name: str | None, backend: str
+) -> Tensor:
+    """activation(linear(x)) in one op where possible. x [..., K] -> [..., N].
+
+    name: what ops.gemm calls this activation; None where it has none or must be called.
+    """
+    wb = operands(linear, cls)
+    if wb is None:
+        return activation(linear(x))
+    layout = cls.weight_layout
+    if name is None:
+        return activation(ops.gemm(x, wb[0], wb[1], weight_layout=layout, backend=backend))
+    return ops.gemm(x, wb[0], wb[1], activation=name, weight_layout=layout, backend=backend)
+
+
+def project_add(
+    linear: nn.Module, cls: type, x: Tensor, residual: Tensor, dropout: nn.Module, backend: str
+) -> tuple[Tensor, bool]:
+    """dropout(linear(x)), with the residual added where one op can do both.
+
+    Returns (y [..., N], whether the residual is in it); `norm_sum` or the caller adds it otherwise.
+    """
+    wb = operands(linear, cls)
+    if wb is None:
+        return dropout(linear(x)), False
+    if idle(dropout) and residual.dtype is x.dtype:
+        layout = cls.weight_layout
+        y = ops.gemm(x, wb[0], wb[1], residual=residual, weight_layout=layout, backend=backend)
+        return y, True
+    y = ops.gemm(x, wb[0], wb[1], weight_layout=cls.weight_layout, backend=backend)
+    return dropout(y), False
+
+
+def norm(ln: nn.Module, cls: type, x: Tensor, backend: str) -> Tensor:
+    """ln(x) through the op where possible. x [..., C] -> [..., C]."""
+    wb = operands(ln, cls)
+    if wb is None:
+        return ln(x)
+    return ops.layer_norm(x, wb[0], wb[1], eps=ln.eps, backend=backend)
+
+
+def norm_sum(
+    ln: nn.Module, cls: type, x: Tensor, added: bool, residual: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(ln(s), s) with s = x where `added` (x is the sum already), else x + residual."""
+    if added:
+        return norm(ln, cls, x, backend), x
+    wb = operands(ln, cls)
+    if wb is None or residual.dtype is not x.dtype:
+        x = x + residual
+        return norm(ln, cls, x, backend), x
+    return ops.add_layer_norm(x, residual, wb[0], wb[1], eps=ln.eps, backend=backend)
