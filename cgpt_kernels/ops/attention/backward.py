@@ -1,9 +1,13 @@
-"""Gradients of attention, a slab of probabilities at a time, from the saved lse.
+"""Gradients of attention, a slab of whole rows of probabilities at a time.
 
-P = exp(logits - lse), its dropout mask drawn again from the seed:
-dv = P~^T do,  dP = (do v^T) * mask / (1 - p),  dlogits = P * (dP - sum(do * out)),
+P = softmax(logits), its dropout mask drawn again from the seed:
+dv = P~^T do,  dP = (do v^T) * mask / (1 - p),  dlogits = P * (dP - sum_j P dP),
 dq = scale * dlogits k,  dk = scale * dlogits^T q,  dbias = dlogits summed over what was broadcast
 (Dao et al., "FlashAttention", arXiv 2205.14135, appendix B.2).
+
+Neither the saved output nor the log-sum-exp is used: sum(do * out) with an output rounded to bf16
+leaves dlogits whose rows do not sum to 0, and exp(logits - lse) is 1 instead of 1 / S_k in a row
+masked throughout by finfo.min, where fp32 cannot hold lse = min + log(S_k).
 """
 
 from collections.abc import Iterator
@@ -50,8 +54,6 @@ def attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     key_padding_mask: Tensor | None,
     attn_bias: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -64,7 +66,7 @@ def attention_bwd(
     """dq, dk, dv and the gradient of attn_bias (an empty tensor unless need_bias).
 
     Args:
-        dout, q, out: [B, H, S_q, D] in T.   k, v: [B, H, S_k, D].   lse: [B, H, S_q], fp32.
+        dout, q: [B, H, S_q, D] in T.   k, v: [B, H, S_k, D].
         attn_bias: as passed by the user, not expanded: its gradient has its shape.
     """
     (B, H, S_q, _), S_k = q.shape, k.shape[2]
@@ -75,8 +77,7 @@ def attention_bwd(
     dbias = None
     if need_bias:
         dbias = torch.zeros(attn_bias.shape, dtype=wide, device=q.device)
-    # A blind row has lse = -inf; any finite stand-in turns its exp(-inf - lse) into the wanted 0.
-    lse = lse.masked_fill(torch.isneginf(lse), 0.0)[..., None]  # [B, H, S_q, 1]
+    masked = (causal and S_q > S_k) or key_padding_mask is not None or attn_bias is not None
     for b, h, i in _slabs(B, H, S_q, S_k):
         # Under a causal mask the slab's last query sees nothing beyond key `last`.
         last = max(0, min(S_k, i.stop + S_k - S_q)) if causal else S_k
@@ -85,7 +86,7 @@ def attention_bwd(
         ks, vs = k[b, h, j].to(wide), v[b, h, j].to(wide)  # [b, h, j, D]
         dos = dout[b, h, i].to(wide)
         # Causal mask and ALiBi count from the whole matrix's corner, so they are added below.
-        p = masked_logits(
+        logits = masked_logits(
             qs,
             ks,
             _part(key_padding_mask, b, j),
@@ -98,10 +99,12 @@ def attention_bwd(
             at = torch.arange(i.start, i.stop, device=q.device)[:, None] + (S_k - S_q)
             offset = torch.arange(last, device=q.device) - at  # j - (i + shift)
             if alibi_slopes is not None:
-                p -= alibi_slopes[h].to(wide)[:, None, None] * offset.abs()
+                logits -= alibi_slopes[h].to(wide)[:, None, None] * offset.abs()
             if causal:
-                p.masked_fill_(offset > 0, float("-inf"))
-        p = p.sub_(lse[b, h, i]).exp_()  # [b, h, i, j]
+                logits.masked_fill_(offset > 0, float("-inf"))
+        p = torch.softmax(logits, -1)  # [b, h, i, j]
+        if masked:  # a row without a visible key has softmax NaN, gradient 0
+            p.masked_fill_(torch.isneginf(logits).all(-1, keepdim=True), 0.0)
         dp = dos @ vs.transpose(-1, -2)
         dropped = p
         if dropout_p > 0.0:
@@ -111,8 +114,8 @@ def attention_bwd(
             keep = keep.view(shape)[..., j] / (1.0 - dropout_p)
             dropped, dp = p * keep, dp * keep
         dv[b, h, j] += dropped.transpose(-1, -2) @ dos
-        delta = (dos * out[b, h, i].to(wide)).sum(-1, keepdim=True)
-        dlogits = p * dp.sub_(delta)
+        dlogits = p * dp  # then P * dP - P * delta
+        dlogits.addcmul_(p, dlogits.sum(-1, keepdim=True), value=-1.0)
         if dbias is not None:
             into = _part(dbias, b, h, i, j)
             into += dlogits.sum_to_size(into.shape)

@@ -103,9 +103,7 @@ def attention(
                     scale, causal, 0.0, 0, None,
                 )  # fmt: skip
             except (ValueError, RuntimeError):
-                # The kernel and expand() check too; say it in the words of this signature.
-                _check(q, k, v, key_padding_mask, attn_bias, alibi_slopes, dropout_p, seed)
-                raise
+                pass  # said again below in the words of this signature, or strides to be copied
     return _general(
         q, k, v, causal, key_padding_mask, attn_bias, alibi_slopes, scale, dropout_p, seed, backend
     )
@@ -237,10 +235,9 @@ class _Attention(torch.autograd.Function):
         ctx, kernel, q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p,
         seed,
     ):  # fmt: skip
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         masks = key_padding_mask, attn_bias, alibi_slopes
-        out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, seed or 0, lse)
-        ctx.save_for_backward(q, k, v, out, lse, *masks)
+        out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, seed or 0, None)
+        ctx.save_for_backward(q, k, v, *masks)
         ctx.options = scale, causal, dropout_p, seed
         return out
 
@@ -267,6 +264,10 @@ def _run(
     q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p, seed, backend
 ):
     kernel, _ = backends.implementation("attention", backend)
+    if key_padding_mask is not None:
+        key_padding_mask = dense_last(key_padding_mask)
+    if alibi_slopes is not None:
+        alibi_slopes = dense_last(alibi_slopes)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     masks = key_padding_mask, attn_bias, alibi_slopes
     drawn = 0 if seed is None else int(seed)
@@ -282,10 +283,10 @@ def _fake(
 
 def _save(ctx, inputs, output):
     q, k, v, *masks, scale, causal, dropout_p, seed, _ = inputs
-    out, lse = output
+    _, lse = output
     _no_alibi_grad(masks[2])
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, *masks, seed)
+    ctx.save_for_backward(q, k, v, *masks, seed)
     ctx.options = scale, causal, dropout_p
 
 
@@ -304,8 +305,8 @@ def _backward(ctx, dout, dlse):
 
 
 def _fake_bwd(
-    dout, q, k, v, out, lse, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p,
-    seed, need_bias,
+    dout, q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p, seed,
+    need_bias,
 ):  # fmt: skip
     dbias = attn_bias.new_empty(attn_bias.shape) if need_bias else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
@@ -335,7 +336,7 @@ define(
     autocast=_autocast_args,
 )
 define(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v,"
     " Tensor? key_padding_mask, Tensor? attn_bias, Tensor? alibi_slopes, float scale, bool causal,"
     " float dropout_p, Tensor? seed, bool need_bias)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",

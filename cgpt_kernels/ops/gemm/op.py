@@ -76,9 +76,7 @@ def gemm(
                     return _Gemm.apply(kernel, x, weight, bias, residual, activation, weight_layout)
                 return _forward(kernel, x, weight, bias, residual, activation, weight_layout)
             except ValueError:
-                # The kernel checks its arguments too; say it in the words of this signature.
-                _check(x, weight, bias, residual, activation, weight_layout)
-                raise
+                pass  # said again below in the words of this signature, or strides to be copied
     return _general(x, weight, bias, residual, activation, weight_layout, backend)
 
 
@@ -213,14 +211,18 @@ class _Gemm(torch.autograd.Function):
 
 def _run(x, weight, bias, residual, activation, weight_layout, keep_pre, backend):
     kernel, _ = backends.implementation("gemm", backend)
+    bias = bias if bias is None else dense_last(bias)
     call = (kernel, x, weight, bias, residual, activation, weight_layout)
-    return _forward_with_pre(*call) if keep_pre else (_forward(*call), x.new_empty(0))
+    if keep_pre and activation is not None:
+        return _forward_with_pre(*call)
+    return _forward(*call), x.new_empty(0)
 
 
 def _fake(x, weight, bias, residual, activation, weight_layout, keep_pre, backend):
     N = weight.shape[1 if weight_layout == "kn" else 0]
     y = x.new_empty(*x.shape[:-1], N)
-    return y, x.new_empty(x.shape[:-1].numel(), N) if keep_pre else x.new_empty(0)
+    kept = keep_pre and activation is not None
+    return y, x.new_empty(x.shape[:-1].numel(), N) if kept else x.new_empty(0)
 
 
 def _save(ctx, inputs, output):

@@ -17,6 +17,7 @@ from ..dispatch import (
     autocast_dtype,
     cast,
     define,
+    dense_last,
     undisturbed,
     with_numpy,
 )
@@ -68,9 +69,7 @@ def layer_norm(
                     return _LayerNorm.apply(kernel, x, None, weight, bias, eps)
                 return _forward(kernel, x, None, weight, bias, eps)[0]
             except ValueError:
-                # The kernel checks its arguments too; say it in the words of this signature.
-                _check("layer_norm", x, None, weight, bias, eps)
-                raise
+                pass  # said again below in the words of this signature, or strides to be copied
     return _general("layer_norm", x, None, weight, bias, eps, backend)
 
 
@@ -111,8 +110,7 @@ def add_layer_norm(
                     return _LayerNorm.apply(kernel, x, residual, weight, bias, eps)
                 return _forward(kernel, x, residual, weight, bias, eps)[:2]
             except ValueError:
-                _check("add_layer_norm", x, residual, weight, bias, eps)
-                raise
+                pass  # said again below in the words of this signature, or strides to be copied
     return _general("add_layer_norm", x, residual, weight, bias, eps, backend)
 
 
@@ -224,8 +222,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _run(x, weight, bias, eps, backend):
-    kernel, _ = backends.implementation("layer_norm", backend)
-    y, _, mean, rstd = _forward(kernel, x, None, weight, bias, eps, statistics=True)
+    y, _, mean, rstd = _run_add(x, None, weight, bias, eps, backend)
     return y, mean, rstd
 
 
@@ -249,7 +246,8 @@ def _backward(ctx, dy, dmean, drstd):
 
 
 def _run_add(x, residual, weight, bias, eps, backend):
-    kernel, _ = backends.implementation("add_layer_norm", backend)
+    kernel, _ = backends.implementation("layer_norm", backend)
+    weight, bias = dense_last(weight), bias if bias is None else dense_last(bias)
     return _forward(kernel, x, residual, weight, bias, eps, statistics=True)
 
 

@@ -1,0 +1,150 @@
+"""The numerics rule, in one place: how far an op may be from the truth, and the table that says so.
+
+The truth is the reference in fp64. What counts is the largest absolute error of a tensor, measured
+against the error that plain PyTorch makes in the same dtype on the same inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+SLACK = 1e-6  # of the largest absolute value of the true tensor: some ulp of fp32
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output or gradient of one call, held to the rule."""
+
+    what: str
+    error: float
+    eager_error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: error {self.error:.3e}, allowed {self.allowed:.3e} "
+            f"(eager's {self.eager_error:.3e})"
+        )
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def _error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute error; NaN in one only counts as infinite, NaN in both as agreement."""
+    value = value.double().to(truth.device)
+    both = torch.isnan(value) & torch.isnan(truth)
+    difference = torch.where(both | (value == truth), 0.0, (value - truth).abs())
+    return _largest(torch.where(torch.isnan(difference), float("inf"), difference))
+
+
+def compare(what: str, value: Tensor, eager: Tensor, truth: Tensor, factor: float) -> Comparison:
+    """Hold one tensor to the rule.
+
+    allowed = max(factor * eager's error, error of the truth rounded to the dtype) + SLACK * scale
+
+    The second term matters for a handful of elements only, where eager may hit the truth by luck:
+    a correctly rounded result is never wrong.
+    """
+    if value.dtype != eager.dtype or value.shape != eager.shape:
+        got, wanted = (f"{t.dtype} {tuple(t.shape)}" for t in (value, eager))
+        raise AssertionError(f"{what}: expected {wanted}, got {got}")
+    eager_error = _error(eager, truth)
+    rounding = _error(truth.to(value.dtype), truth)
+    scale = _largest(torch.nan_to_num(truth, 0.0, 0.0, 0.0))
+    allowed = max(factor * eager_error, rounding) + SLACK * scale
+    return Comparison(what, _error(value, truth), eager_error, allowed)
+
+
+def to_fp64(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same values in fp64; alibi_slopes stay fp32, their only dtype."""
+
+    def widen(name, value):
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.double() if floating and name != "alibi_slopes" else value
+
+    return {name: widen(name, value) for name, value in inputs.items()}
+
+
+def differentiable(inputs: dict[str, Any]) -> list[str]:
+    """Names of the tensors among inputs that have gradients."""
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "alibi_slopes"
+    ]
+
+
+def run(
+    function: Callable, inputs: dict[str, Any], *, gradients: bool = False, **options
+) -> dict[str, Tensor]:
+    """Outputs by name ("out", or "out0", "out1"), and gradients ("grad of x") where asked for.
+
+    The gradient is that of sum(out * g) for fixed random g, the same for every dtype and backend.
+    """
+    names = differentiable(inputs) if gradients else []
+    leaves = {n: inputs[n].detach().requires_grad_() for n in names}
+    outputs = function(**{**inputs, **leaves}, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    many = len(outputs) > 1
+    named = {f"out{i}" if many else "out": out.detach() for i, out in enumerate(outputs)}
+    if names:
+        generator = torch.Generator().manual_seed(1)
+        # Multiples of 1/8 below 4: exact in every dtype, so that only the op's errors are seen.
+        directions = [
+            torch.randint(-31, 32, out.shape, generator=generator).to(out) / 8 for out in outputs
+        ]
+        found = torch.autograd.grad(
+            outputs, [leaves[n] for n in names], directions, allow_unused=True
+        )
+        for name, grad in zip(names, found, strict=True):
+            named[f"grad of {name}"] = torch.zeros_like(leaves[name]) if grad is None else grad
+    return named
+
+
+def hold_to_rule(
+    function: Callable,
+    inputs: dict[str, Any],
+    *,
+    gradients: bool = False,
+    candidate: Callable | None = None,
+    **options,
+) -> list[Comparison]:
+    """Compare a call with eager in the same dtype, both against fp64; raise where one is beyond.
+
+    Args:
+        function: an op of cgpt_kernels.ops.
+        inputs: its keyword arguments.
+        gradients: also the gradients of every floating tensor among inputs.
+        candidate: what to hold to the rule instead of the function, with the same signature.
+        options: passed to the candidate only, e.g. backend="cpu".
+    """
+    truth = run(function, to_fp64(inputs), gradients=gradients, backend="eager")
+    eager = run(function, inputs, gradients=gradients, backend="eager")
+    ours = run(candidate or function, inputs, gradients=gradients, **options)
+    found = [
+        compare(
+            what,
+            ours[what],
+            eager[what],
+            truth[what],
+            GRADIENT_FACTOR if what.startswith("grad") else FORWARD_FACTOR,
+        )
+        for what in truth
+    ]
+    beyond = [str(c) for c in found if not c.ok]
+    if beyond:
+        raise AssertionError("; ".join(beyond))
+    return found
