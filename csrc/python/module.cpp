@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
     return false;
 #endif
   });
+  cgpt::python::bind_attention(m);
   cgpt::python::bind_gemm(m);
   cgpt::python::bind_layer_norm(m);
 }
