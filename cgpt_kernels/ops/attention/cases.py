@@ -66,12 +66,12 @@ class AttentionCase(Case):
         given = {"q": q, "k": k, "v": v, "causal": self.causal, "scale": self.scale}
         if self.padding is not None:
             j = torch.arange(self.Sk, device=device)
-            b = torch.arange(self.B, device=device)[:, None]
-            padded = 2 * b % (self.Sk + 1)  # [B, 1], 0 in the first entry
+            real = torch.arange(self.B, device=device)[:, None] * 2 % (self.Sk + 1)  # [B, 1] keys
             if self.padding == "all":
-                padded = torch.where(2 * b >= self.B, self.Sk, 0)
+                real = torch.where(torch.arange(self.B)[:, None] >= self.B // 2, self.Sk, 0)
+                real = real.to(device)
             left = self.padding == "left"
-            given["key_padding_mask"] = j < padded if left else j >= self.Sk - padded
+            given["key_padding_mask"] = j < real if left else j >= self.Sk - real
         if self.bias is not None:
             given["attn_bias"] = self._bias(draw)
         if self.alibi:
