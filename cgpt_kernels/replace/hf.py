@@ -12,7 +12,7 @@ from transformers import activations
 from transformers.cache_utils import EncoderDecoderCache
 
 from cgpt_kernels import ops
-from cgpt_kernels.replace.swap import hooked
+from cgpt_kernels.replace.swap import unhooked
 
 # Keyword arguments that change what "sdpa" computes. Others (position_ids, use_cache) are carried
 # through every layer for other implementations, which read them.
@@ -31,7 +31,7 @@ _ACTIVATIONS = {
 def activation_name(act) -> str | None:
     """ops.gemm's name for one of transformers' activation modules, None where it must be called."""
     name = _ACTIVATIONS.get(type(act))
-    return None if name is None or hooked(act) else name
+    return name if name is not None and unhooked(act) else None
 
 
 def implementation(config) -> str | None:

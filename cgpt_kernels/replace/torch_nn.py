@@ -14,13 +14,13 @@ from cgpt_kernels.replace.swap import (
     DENSE,
     Replaced,
     dense,
-    hooked,
     idle,
     norm,
     norm_sum,
     plain,
     project_activate,
     project_add,
+    unhooked,
 )
 
 
@@ -158,8 +158,8 @@ def activation_name(activation) -> str | None:
     """ops.gemm's name for a torch activation (function or module), None where it has none."""
     kind = type(activation)
     if kind is nn.ReLU:
-        return None if hooked(activation) else "relu"
-    if kind is nn.GELU and not hooked(activation):
+        return "relu" if unhooked(activation) else None
+    if kind is nn.GELU and unhooked(activation):
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
     if activation is nn.functional.relu or activation is torch.relu:
         return "relu"
