@@ -408,9 +408,9 @@ class GPT(nn.Module):
         )
         q_scale = c.attention_scale / plain.attention_scale
         weights = {}
-        for name, p in self.state_dict().items():
+        for name, p in self.named_parameters():  # the tied head once, as wte
             wide = p.to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            if name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+            if name.endswith(("wte.weight", "wpe.weight")):
                 wide *= c.mup_embeddings_scale
             elif ".ln_f." in name:
                 wide *= c.logits_scale / c.mup_embeddings_scale

@@ -1,96 +1,24 @@
 // C[M, N] (+)= A[M, K] B[K, N] on blocks that live in cache: the multiplication under gemm,
 // attention and linear_cross_entropy.
 //
-// What is multiplied (compute_t<T>): bf16 pairs into fp32 where the tier has the dot product and T
-// is bf16, otherwise fp32, converted while packing. Accumulation is fp32.
+// pack.h says what is multiplied (compute_t<T>) and how B is packed; accumulation is fp32. A is
+// read row-major in place, or copied by pack_a when it must be converted or has an odd K.
 //
-// B is packed into panels of kNR columns, zero padded to whole panels and to whole k steps, so the
-// kernels have no column tail:
+//   fp32, and bf16 with the dot product: tiles of up to kMR x kNR in vector registers
+//   bf16 with AMX: tiles of 32 x 32, 2 x 2 tile registers of 16 x 16
 //
-//   fp32:  panel[k][kNR]                 bf16:  panel[k / 2][kNR][2]  (the VNNI order)
-//
-// A is read row-major in place, or copied by pack_a when it must be converted or has an odd K.
+// Each element of C sums its k in ascending order whatever M and N are, so that a row's result does
+// not depend on the rows beside it.
 #pragma once
 
 #include <cstddef>
 
-#include "simd.h"
+#include "amx.h"
+#include "pack.h"
 
 namespace cgpt::CGPT_TIER {
 
-template <class T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<bf16> {
-#if CGPT_TIER_LEVEL >= 3
-  using type = bf16;
-#else
-  using type = float;
-#endif
-};
-template <class T>
-using compute_t = typename Compute<T>::type;
-
-// Two vectors of columns: 14 rows x 2 vectors fill the 32 registers of AVX-512 and leave room for
-// B's two vectors and the broadcast of A; 6 x 2 do so for the 16 of AVX2.
-constexpr int kNR = 2 * kLanes;
 constexpr int kMR = CGPT_TIER_LEVEL >= 2 ? 14 : CGPT_TIER_LEVEL == 1 ? 6 : 4;
-
-// k is padded to a multiple of this in packed A and B.
-template <class C>
-constexpr int kKStep = sizeof(C) == 2 ? 2 : 1;
-
-template <class C>
-CGPT_INLINE int64_t padded_k(int64_t K) {
-  return (K + kKStep<C> - 1) / kKStep<C> * kKStep<C>;
-}
-
-// Elements of packed B for K x N.
-template <class C>
-CGPT_INLINE int64_t packed_b_size(int64_t K, int64_t N) {
-  return (N + kNR - 1) / kNR * kNR * padded_k<C>(K);
-}
-
-template <class C, class T>
-CGPT_INLINE C convert(T x) {
-  if constexpr (__is_same(C, T)) return x;
-  else return from_float<C>(to_float(x));
-}
-
-// Packs b(k, n) = b[k * stride_k + n * stride_n], one of the strides being 1.
-template <class C, class T>
-inline void pack_b(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, C* dst) {
-  constexpr int step = kKStep<C>;
-  const int64_t Kp = padded_k<C>(K);
-  for (int64_t n0 = 0; n0 < N; n0 += kNR, dst += Kp * kNR) {
-    const int64_t columns = N - n0 < kNR ? N - n0 : kNR;
-    for (int64_t k0 = 0; k0 < Kp; k0 += step)
-      for (int64_t j = 0; j < kNR; ++j)
-        for (int64_t s = 0; s < step; ++s) {
-          const bool inside = k0 + s < K && j < columns;
-          dst[k0 * kNR + j * step + s] =
-              inside ? convert<C>(b[(k0 + s) * stride_k + (n0 + j) * stride_n]) : C{};
-        }
-  }
-}
-
-// Whether block_gemm can read A in place: same type, and whole k steps.
-template <class C, class T>
-CGPT_INLINE bool a_in_place(int64_t K) {
-  return __is_same(C, T) && K % kKStep<C> == 0;
-}
-
-// Copies A[M, K] with row stride lda into dst[M, padded_k], converted, zero padded.
-template <class C, class T>
-inline void pack_a(const T* a, int64_t lda, int64_t M, int64_t K, C* dst) {
-  const int64_t Kp = padded_k<C>(K);
-  for (int64_t i = 0; i < M; ++i) {
-    for (int64_t k = 0; k < K; ++k) dst[i * Kp + k] = convert<C>(a[i * lda + k]);
-    for (int64_t k = K; k < Kp; ++k) dst[i * Kp + k] = C{};
-  }
-}
 
 // One register tile: `rows` x kNR of C over the whole of K.
 template <int rows, class C>
@@ -110,15 +38,15 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
   } else {
 #if CGPT_TIER_LEVEL >= 3
     for (int64_t k = 0; k < K; k += 2) {
-      const __m512bh b0 = bit_cast<__m512bh>(_mm512_loadu_si512(panel + k * kNR));
-      const __m512bh b1 = bit_cast<__m512bh>(_mm512_loadu_si512(panel + k * kNR + 2 * kLanes));
+      const __m512i b0 = _mm512_loadu_si512(panel + k * kNR);
+      const __m512i b1 = _mm512_loadu_si512(panel + k * kNR + 2 * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         int32_t pair;
         __builtin_memcpy(&pair, a + i * lda + k, 4);
-        const __m512bh x = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
-        acc[i][0] = _mm512_dpbf16_ps(acc[i][0], x, b0);
-        acc[i][1] = _mm512_dpbf16_ps(acc[i][1], x, b1);
+        const __m512i x = _mm512_set1_epi32(pair);
+        acc[i][0] = KVec<C>::multiply_add(x, b0, acc[i][0]);
+        acc[i][1] = KVec<C>::multiply_add(x, b1, acc[i][1]);
       }
     }
 #endif
@@ -141,18 +69,105 @@ inline void tile_gemm_rows(int64_t M, int64_t K, const C* a, int64_t lda, const 
     tile_gemm_rows<rows - 1>(M, K, a, lda, panel, c, ldc, columns, accumulate);
 }
 
+#if CGPT_TIER_LEVEL >= 4
+// `rows` rows of A, 17 to 32 when `two`, else 1 to 16, times all panels: the rows stay in L1 while
+// the panels stream from L2. Tiles that stick out of C's columns go through a block on the stack.
+template <bool two>
+inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, const bf16* a,
+                          int64_t lda, const bf16* b, float* c, int64_t ldc, bool accumulate) {
+  const int64_t a_bytes = lda * 2, b_bytes = kNR * 4;
+  alignas(64) float edge[32][kNR];
+  for (int64_t n0 = 0; n0 < N; n0 += kNR) {
+    const int64_t columns = N - n0;
+    const bool whole = columns >= kNR;
+    float* out = whole ? c + n0 : edge[0];
+    const int64_t ldo = whole ? ldc : kNR;
+    if (accumulate && whole) {
+      tiles.template load<0>(out, ldo * 4);
+      tiles.template load<1>(out + 16, ldo * 4);
+      if constexpr (two) {
+        tiles.template load<2>(out + 16 * ldo, ldo * 4);
+        tiles.template load<3>(out + 16 * ldo + 16, ldo * 4);
+      }
+    } else {
+      tiles.template zero<0>();
+      tiles.template zero<1>();
+      if constexpr (two) {
+        tiles.template zero<2>();
+        tiles.template zero<3>();
+      }
+    }
+    const bf16* panel = b + n0 * Kp;
+    for (int64_t k = 0; k < Kp; k += 32, panel += 32 * kNR) {
+      // The next step's B, 32 lines, on its way from L2 while this step multiplies.
+#pragma GCC unroll 32
+      for (int line = 0; line < 32; ++line) __builtin_prefetch(panel + 32 * (kNR + line));
+      tiles.template load<6>(panel, b_bytes);
+      tiles.template load<4>(a + k, a_bytes);
+      tiles.template multiply_add<0, 4, 6>();
+      tiles.template load<7>(panel + 32, b_bytes);
+      tiles.template multiply_add<1, 4, 7>();
+      if constexpr (two) {
+        tiles.template load<5>(a + 16 * lda + k, a_bytes);
+        tiles.template multiply_add<2, 5, 6>();
+        tiles.template multiply_add<3, 5, 7>();
+      }
+    }
+    tiles.template store<0>(out, ldo * 4);
+    tiles.template store<1>(out + 16, ldo * 4);
+    if constexpr (two) {
+      tiles.template store<2>(out + 16 * ldo, ldo * 4);
+      tiles.template store<3>(out + 16 * ldo + 16, ldo * 4);
+    }
+    if (whole) continue;
+    for (int i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        VecF v = load(edge[i] + j);
+        float* p = c + i * ldc + n0 + j;
+        if (accumulate) v += load_n(p, columns - j);
+        store_n(p, v, columns - j);
+      }
+  }
+}
+
+inline void amx_gemm(int64_t M, int64_t N, int64_t Kp, const bf16* a, int64_t lda, const bf16* b,
+                     float* c, int64_t ldc, bool accumulate) {
+  const int64_t whole = M / 32 * 32;
+  if (whole > 0) {
+    AmxTiles tiles(16, 16);
+    for (int64_t i = 0; i < whole; i += 32)
+      amx_gemm_rows<true>(tiles, 32, N, Kp, a + i * lda, lda, b, c + i * ldc, ldc, accumulate);
+  }
+  const int rest = static_cast<int>(M - whole);
+  if (rest == 0) return;
+  a += whole * lda, c += whole * ldc;
+  AmxTiles tiles(rest < 16 ? rest : 16, rest < 16 ? 0 : rest - 16);
+  if (rest > 16)
+    amx_gemm_rows<true>(tiles, rest, N, Kp, a, lda, b, c, ldc, accumulate);
+  else
+    amx_gemm_rows<false>(tiles, rest, N, Kp, a, lda, b, c, ldc, accumulate);
+}
+#endif
+
 // c[M, N] = or += a[M, K] b. `a` is in compute type, row-major with stride lda, readable for
 // padded_k(K) elements a row; `b` is packed; `c` is fp32 row-major.
 template <class C>
 inline void block_gemm(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* b,
                        float* c, int64_t ldc, bool accumulate) {
   const int64_t Kp = padded_k<C>(K);
+#if CGPT_TIER_LEVEL >= 4
+  if constexpr (sizeof(C) == 2) return amx_gemm(M, N, Kp, a, lda, b, c, ldc, accumulate);
+#endif
+  const int64_t tiles = (M + kMR - 1) / kMR;
   for (int64_t n0 = 0; n0 < N; n0 += kNR) {
     const C* panel = b + n0 * Kp;
     const int64_t columns = N - n0 < kNR ? N - n0 : kNR;
-    for (int64_t i = 0; i < M; i += kMR)
-      tile_gemm_rows<kMR>(M - i < kMR ? M - i : kMR, Kp, a + i * lda, lda, panel, c + i * ldc + n0,
-                          ldc, columns, accumulate);
+    // Tiles of nearly equal height: a rest of one or two rows would not hide the latency of FMA.
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = M * t / tiles, rows = M * (t + 1) / tiles - i;
+      tile_gemm_rows<kMR>(rows, Kp, a + i * lda, lda, panel, c + i * ldc + n0, ldc, columns,
+                          accumulate);
+    }
   }
 }
 

@@ -11,6 +11,9 @@ namespace cgpt::CGPT_TIER {
 // Waking the team costs about as much as this many element operations (5 us).
 constexpr int64_t kParallelGrain = 16384;
 
+// Threads a kernel may use here: torch.set_num_threads's number, or one inside a parallel region.
+inline int64_t available_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
 // Calls f(begin, end) over contiguous parts of [0, n), one part per thread. `cost` is the work of
 // one item in element operations. The split depends on n and the thread count only.
 template <class F>

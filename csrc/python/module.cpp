@@ -26,7 +26,8 @@ PYBIND11_MODULE(_C, m) {
     return false;
 #endif
   });
+  cgpt::python::bind_attention(m);
+  cgpt::python::bind_cross_entropy(m);
   cgpt::python::bind_gemm(m);
   cgpt::python::bind_layer_norm(m);
-  cgpt::python::bind_cross_entropy(m);
 }

@@ -66,12 +66,12 @@ class AttentionCase(Case):
         given = {"q": q, "k": k, "v": v, "causal": self.causal, "scale": self.scale}
         if self.padding is not None:
             j = torch.arange(self.Sk, device=device)
-            real = torch.arange(self.B, device=device)[:, None] * 2 % (self.Sk + 1)  # [B, 1] keys
+            b = torch.arange(self.B, device=device)[:, None]
+            padded = 2 * b % (self.Sk + 1)  # [B, 1], 0 in the first entry
             if self.padding == "all":
-                real = torch.where(torch.arange(self.B)[:, None] >= self.B // 2, self.Sk, 0)
-                real = real.to(device)
+                padded = torch.where(2 * b >= self.B, self.Sk, 0)
             left = self.padding == "left"
-            given["key_padding_mask"] = j < real if left else j >= self.Sk - real
+            given["key_padding_mask"] = j < padded if left else j >= self.Sk - padded
         if self.bias is not None:
             given["attn_bias"] = self._bias(draw)
         if self.alibi:

@@ -1,0 +1,84 @@
+// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011, section 3.3): the random words of dropout, a function of (seed, element index) alone.
+//
+// Element e takes word e & 3 of the block whose counter is (e >> 2 low, e >> 2 high, 0, 0) under the
+// key (seed low, seed high). A vector holds one counter word of kLanes / 2 blocks in the low halves
+// of 64-bit lanes, where the 32 x 32 -> 64 bit multiplication wants them; the high halves may hold
+// anything until the end.
+#pragma once
+
+#include "simd.h"
+
+namespace cgpt::CGPT_TIER {
+
+using VecU64 = uint64_t __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
+
+// Blocks made at once, and the words they give.
+constexpr int kPhiloxBlocks = kLanes / 2;
+constexpr int kPhiloxWords = 4 * kPhiloxBlocks;
+
+// Low half of each 64-bit lane times m.
+CGPT_INLINE VecU64 multiply_low(VecU64 a, uint32_t m) {
+  const VecU64 b = VecU64{} + m;
+#if CGPT_TIER_LEVEL >= 2
+  return bit_cast<VecU64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif CGPT_TIER_LEVEL == 1
+  return bit_cast<VecU64>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return (a & (VecU64{} + 0xffffffffu)) * b;
+#endif
+}
+
+// dst[w] = word of element 4 * block + w, for kPhiloxWords elements.
+CGPT_INLINE void philox_words(uint64_t seed, uint64_t block, uint32_t* dst) {
+  // Block k sits in lane 2k, block k + kPhiloxBlocks / 2 in lane 2k + 1: the order in which the
+  // interleaving at the end leaves whole vectors of consecutive words.
+  VecU64 c0;
+  for (int k = 0; k < kPhiloxBlocks; ++k)
+    c0[k] = block + static_cast<uint64_t>(k / 2 + (k % 2) * (kPhiloxBlocks / 2));
+  VecU64 c1 = c0 >> 32, c2{}, c3{};
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const VecU64 p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
+    c0 = (p1 >> 32) ^ c1 ^ (VecU64{} + k0);
+    c2 = (p0 >> 32) ^ c3 ^ (VecU64{} + k1);
+    c1 = p1;
+    c3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  const VecU64 low = VecU64{} + 0xffffffffu;
+  const VecU64 w01 = (c0 & low) | (c1 << 32), w23 = (c2 & low) | (c3 << 32);
+#if CGPT_TIER_LEVEL >= 2
+  const __m512i a = bit_cast<__m512i>(w01), b = bit_cast<__m512i>(w23);
+  _mm512_storeu_si512(dst, _mm512_unpacklo_epi64(a, b));
+  _mm512_storeu_si512(dst + kPhiloxWords / 2, _mm512_unpackhi_epi64(a, b));
+#elif CGPT_TIER_LEVEL == 1
+  const __m256i a = bit_cast<__m256i>(w01), b = bit_cast<__m256i>(w23);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_unpacklo_epi64(a, b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + kPhiloxWords / 2),
+                      _mm256_unpackhi_epi64(a, b));
+#else
+  for (int k = 0; k < kPhiloxBlocks; ++k) {
+    const int at = (k / 2 + (k % 2) * (kPhiloxBlocks / 2)) * 4;
+    const uint64_t x = w01[k], y = w23[k];
+    __builtin_memcpy(dst + at, &x, 8);
+    __builtin_memcpy(dst + at + 2, &y, 8);
+  }
+#endif
+}
+
+// Room that philox_range needs for `count` elements.
+CGPT_INLINE int64_t philox_room(int64_t count) { return count + 3 + kPhiloxWords; }
+
+// Random words of the elements first .. first + count - 1, somewhere in dst: at the returned pointer.
+CGPT_INLINE const uint32_t* philox_range(uint64_t seed, uint64_t first, int64_t count,
+                                         uint32_t* dst) {
+  const uint64_t skip = first & 3;
+  const int64_t words = count + static_cast<int64_t>(skip);
+  for (int64_t w = 0; w < words; w += kPhiloxWords)
+    philox_words(seed, (first >> 2) + static_cast<uint64_t>(w / 4), dst + w);
+  return dst + skip;
+}
+
+}  // namespace cgpt::CGPT_TIER

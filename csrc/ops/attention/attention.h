@@ -1,0 +1,80 @@
+// out = dropout(softmax(q k^T * scale + bias - alibi)) v, masked keys left out: the contract that
+// every backend's attention keeps.
+//
+// Letters: B batch, H heads, S_q queries, S_k keys, D head size; i a query, j a key. Key j is
+// visible to query i under `causal` iff j <= i + S_k - S_q.
+#pragma once
+
+#include "../../common/tensor_view.h"
+#include "../../cpu/dispatch.h"
+
+namespace cgpt {
+
+struct AttentionArgs {
+  TensorView q;                 // [B, H, S_q, D], T in fp32, bf16, fp16; any strides but the last
+  TensorView k;                 // [B, H, S_k, D] T
+  TensorView v;                 // [B, H, S_k, D] T
+  TensorView key_padding_mask;  // [B, S_k] bool, true = ignored; or none
+  TensorView attn_bias;         // [B, H, S_q, S_k], T or fp32: added; bool: true keeps; or none
+  TensorView alibi_slopes;      // [H] fp32, logits -= slope * |i + S_k - S_q - j|; or none
+  TensorView out;               // [B, H, S_q, D] T; rows that see no key are 0
+  TensorView lse;               // [B, H, S_q] fp32: log(sum(exp(logits))), -inf there; or none
+  float scale = 1.0f;
+  bool causal = true;
+  double dropout_p = 0.0;  // in [0, 1]; see csrc/cpu/philox.h for which elements it drops
+  uint64_t seed = 0;
+};
+
+}  // namespace cgpt
+
+#ifndef CGPT_TIER
+  #include "../../common/check.h"
+
+namespace cgpt {
+
+inline void attention_check(const AttentionArgs& a, Device device = Device::cpu) {
+  const Checker c{"attention", device};
+  c.require(a.q && a.q.ndim == 4, "q must have shape (B, H, S_q, D)");
+  c.require(a.k && a.k.ndim == 4, "k must have shape (B, H, S_k, D)");
+  const int64_t B = a.q.shape[0], H = a.q.shape[1], S_q = a.q.shape[2], D = a.q.shape[3];
+  const int64_t S_k = a.k.shape[2];
+  c.require(D >= 1, "q must have a head size D of at least 1");
+  c.tensor("q", a.q, {B, H, S_q, D});
+  c.tensor("k", a.k, {B, H, S_k, D});
+  c.tensor("v", a.v, {B, H, S_k, D});
+  c.tensor("out", a.out, {B, H, S_q, D});
+  c.floating("q", a.q);
+  for (const auto& [name, t] : {std::pair{"k", &a.k}, {"v", &a.v}, {"out", &a.out}})
+    c.dtype(name, *t, {a.q.dtype});
+  for (const auto& [name, t] : {std::pair{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"out", &a.out}})
+    c.dense_rows(name, *t);
+  if (a.key_padding_mask) {
+    c.tensor("key_padding_mask", a.key_padding_mask, {B, S_k});
+    c.dtype("key_padding_mask", a.key_padding_mask, {DType::boolean});
+  }
+  if (a.attn_bias) {
+    c.tensor("attn_bias", a.attn_bias, {B, H, S_q, S_k});
+    c.dtype("attn_bias", a.attn_bias, {a.q.dtype, DType::f32, DType::boolean});
+  }
+  if (a.alibi_slopes) {
+    c.tensor("alibi_slopes", a.alibi_slopes, {H});
+    c.dtype("alibi_slopes", a.alibi_slopes, {DType::f32});
+    c.dense_rows("alibi_slopes", a.alibi_slopes);
+  }
+  if (a.lse) {
+    c.tensor("lse", a.lse, {B, H, S_q});
+    c.dtype("lse", a.lse, {DType::f32});
+  }
+  if (!(a.dropout_p >= 0.0 && a.dropout_p <= 1.0))
+    fail("attention: dropout_p must be in [0, 1], got " + std::to_string(a.dropout_p));
+}
+
+}  // namespace cgpt
+#endif
+
+namespace cgpt {
+CGPT_CPU_ENTRY(attention_fwd, AttentionArgs)
+#ifdef CGPT_CUDA
+void attention_fwd_cuda(const AttentionArgs& args);
+#endif
+}  // namespace cgpt
