@@ -90,7 +90,7 @@ struct Decode {
   void load_head(const AttentionArgs& a, int64_t b, int64_t h) {
     const T* src = a.q.as<const T>() + b * a.q.strides[0] + h * a.q.strides[1];
     for (int64_t i = 0; i < rows; ++i, src += a.q.strides[2]) {
-      for (int64_t d = 0; d < D; ++d) q[i * Dq + d] = convert<C>(src[d]);
+      for (int64_t d = 0; d < D; ++d) q[i * Dq + d] = from_float<C>(to_float(src[d]));
       for (int64_t d = D; d < Dq; ++d) q[i * Dq + d] = C{};
     }
     for (int64_t d = 0; d < D; ++d) nothing[d] = T{};
@@ -208,14 +208,14 @@ struct Decode {
       if (n > 0 && masked && !shared_add) row_addends(rule, i, j0, n, add);
       if (rule.rewrites()) rewrite_logits(rule, i, j0, n, add, row);
       else if (masked) mask_logits(n, add, row);
-      to.m[i] = row_max(row, n);
+      to.m[i] = rule.kept(row_max(row, n));
       to.l[i] = 0.0f;
       if (to.m[i] == -kInfinity) {
         for (int64_t d = 0; d < ldo; ++d) o[d] = 0.0f;
         continue;
       }
       C* p = reinterpret_cast<C*>(row);
-      const float c = rule.exponent_factor();
+      const float c = rule.scale * kLog2e;
       const int64_t room = min64(kChunk, round_up(n, kNR));
       to.l[i] = reduce_add(
           rule.rewrites() ? row_exp<kExpDegree<T>, true>(row, n, room, to.m[i], c, p)
@@ -230,7 +230,7 @@ struct Decode {
 
   // to = to and more: softmax over the keys of both.
   void merge(const LogitRule& rule, const Partial& to, const Partial& more) const {
-    const VecF c = set1(rule.exponent_factor());
+    const VecF c = set1(rule.kept_to_log2());
     for (int64_t i = 0; i < rows; ++i) {
       const VecF old = set1(to.m[i]), added = set1(more.m[i]), top = max(old, added);
       // Equal ones may both be -inf, whose difference would be NaN.

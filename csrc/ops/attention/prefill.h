@@ -118,13 +118,12 @@ struct Prefill {
 
   // S to P for `rows` rows from query i0 on, against keys j0 .. j0 + n - 1; o, m and l brought to the
   // new maximum. p has `room` columns to fill.
-  template <bool exact>
+  template <bool rewritten>
   void strip_softmax(const LogitRule& rule, bool masked, bool shared_add, int64_t i0, int64_t rows,
                      int64_t j0, int64_t n, int64_t room, bool first, float* o_rows, float* m_rows,
                      float* l_rows) {
     constexpr int64_t kRoom = (kStripM + kLanes - 1) / kLanes * kLanes;
     float fresh[kRoom], alpha[kRoom];
-    const float c = rule.exponent_factor();
     for (int64_t i = 0; i < rows; ++i) {
       float* row = s + i * kBlockN;
       const int64_t end = rule.key_end(i0 + i, j0 + n) - j0;
@@ -133,21 +132,22 @@ struct Prefill {
         continue;
       }
       if (masked && !shared_add) row_addends(rule, i0 + i, j0, end, add);
-      if (exact)
+      if (rewritten)
         rewrite_logits(rule, i0 + i, j0, end, add, row);
       else if (masked)
         mask_logits(end, add, row);
-      fresh[i] = row_max(row, end);
+      fresh[i] = rule.kept(row_max(row, end));
     }
     if (first) {
       for (int64_t i = 0; i < rows; ++i) m_rows[i] = fresh[i];
     } else {
+      const VecF to_log2 = set1(rule.kept_to_log2());
       for (int64_t i = 0; i < rows; i += kLanes) {
         const int64_t left = rows - i;
         const VecF old = load_n(m_rows + i, left);
         const VecF now = max(old, load_n(fresh + i, left));
         // A row that has seen nothing has -inf on both sides, whose difference would be NaN.
-        store(alpha + i, select(old == now, set1(1.0f), exp2<6>((old - now) * set1(c))));
+        store(alpha + i, select(old == now, set1(1.0f), exp2<6>((old - now) * to_log2)));
         store_n(m_rows + i, now, left);
       }
       for (int64_t i = 0; i < rows; ++i) {
@@ -158,11 +158,12 @@ struct Prefill {
           store(o_rows + i * ldo + d, load(o_rows + i * ldo + d) * factor);
       }
     }
+    const float c = rule.scale * kLog2e;
     for (int64_t i = 0; i < rows; ++i) {
       float* row = s + i * kBlockN;
       const int64_t end = max64(0, rule.key_end(i0 + i, j0 + n) - j0);
       const float top = m_rows[i] == -kInfinity ? 0.0f : m_rows[i];
-      VecF sum = row_exp<kExpDegree<T>, exact>(row, end, room, top, c, reinterpret_cast<C*>(row));
+      VecF sum = row_exp<kExpDegree<T>, rewritten>(row, end, room, top, c, reinterpret_cast<C*>(row));
       if (!first) sum += load(l_rows + i * kLanes);
       store(l_rows + i * kLanes, sum);
     }

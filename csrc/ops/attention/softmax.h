@@ -12,6 +12,7 @@
 namespace cgpt::CGPT_TIER {
 
 constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kInfinity = __builtin_inff();
 
 CGPT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -105,9 +106,13 @@ struct LogitRule {
   // masked key costs one select. One answer for the whole call, so that a row is rounded alike with
   // and without padding behind it.
   CGPT_INLINE bool rewrites() const { return bias || slope != 0.0f || !(scale > 0.0f); }
-  // The factor that makes a stored logit a power of two.
-  CGPT_INLINE float exponent_factor() const { return rewrites() ? kLog2e : scale * kLog2e; }
-  CGPT_INLINE float natural(float stored) const { return rewrites() ? stored : stored * scale; }
+  // A row's running maximum is kept in natural units if logits are rewritten, else as a power of two,
+  // rounded once: probabilities and rescaling factors then refer to the same number.
+  CGPT_INLINE float kept(float largest) const {
+    return rewrites() ? largest : largest * (scale * kLog2e);
+  }
+  CGPT_INLINE float kept_to_log2() const { return rewrites() ? kLog2e : 1.0f; }
+  CGPT_INLINE float kept_to_natural() const { return rewrites() ? 1.0f : kLn2; }
   // Keys that query i may see of those before `end`, as far as causality goes.
   CGPT_INLINE int64_t key_end(int64_t i, int64_t end) const {
     return causal ? max64(0, min64(end, i + shift + 1)) : end;
@@ -191,14 +196,15 @@ CGPT_INLINE float row_max(const float* s, int64_t n) {
   return reduce_max(max(a, b));
 }
 
-// p[j] = 2^((s[j] - m) c) for j < n, 0 up to `room`; the sums of the lanes. `exact` subtracts before
-// it multiplies: biases may be near the largest float, and their product with c infinite. p may be
+// p[j] = exp(logit j - maximum) for j < n, 0 up to `room`; the sums of the lanes. m is the maximum as
+// kept by the rule, c the scale in base 2. `rewritten` logits are subtracted before they are
+// multiplied: biases may be near the largest float, and their product with log2(e) infinite. p may be
 // s's own memory: what is written lies behind what is read.
-template <int degree, bool exact, class C>
+template <int degree, bool rewritten, class C>
 CGPT_INLINE VecF row_exp(const float* s, int64_t n, int64_t room, float m, float c, C* p) {
-  const VecF mv = set1(exact ? m : m * c), cv = set1(c);
+  const VecF mv = set1(m), cv = set1(rewritten ? kLog2e : c);
   const auto probability = [&](VecF x) {
-    if constexpr (exact) return exp2<degree>((x - mv) * cv);
+    if constexpr (rewritten) return exp2<degree>((x - mv) * cv);
     else return exp2<degree>(fmadd(x, cv, -mv));
   };
   VecF sum = zero();
@@ -258,7 +264,7 @@ CGPT_INLINE void write_row(const AttentionArgs& a, const LogitRule& rule, int64_
   if (!a.lse) return;
   const int64_t* stride = a.lse.strides;
   a.lse.as<float>()[b * stride[0] + h * stride[1] + i * stride[2]] =
-      blind ? -kInfinity : rule.natural(m) + __builtin_logf(l);
+      blind ? -kInfinity : m * rule.kept_to_natural() + __builtin_logf(l);
 }
 
 // Cuts one allocation into arrays.
