@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from .. import backends
+
 PLAIN = frozenset({Tensor, Parameter})
 PLAIN_OR_NONE = PLAIN | {type(None)}
 
@@ -41,6 +43,35 @@ def undisturbed() -> bool:
         or _jit_trace() is not None
         or forward_ad._current_level >= 0
     )
+
+
+# What kernels, views and the binding raise for arguments that they do not take.
+REFUSALS = (ValueError, TypeError, RuntimeError)
+
+
+def _beyond_kernels(tensors: tuple) -> str | None:
+    """What of torch only plain operations understand, if it is at work here."""
+    if is_compiling():
+        return None
+    if _functorch_level() is not None:
+        return "torch.func transforms its inputs"
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        return "an input carries a forward-mode derivative"
+    return None
+
+
+def choose(op: str, requested: str, tensors: tuple) -> str:
+    """backends.resolve, and eager where nothing but plain torch operations works."""
+    reason = _beyond_kernels(tensors)
+    if reason is None:
+        return backends.resolve(op, requested, tensors)
+    if requested not in ("auto", "eager"):
+        raise ValueError(
+            f"{op}: backend {requested!r} cannot run: {reason}. Available here: eager."
+        )
+    return "eager"
 
 
 # ---- shapes -------------------------------------------------------------------------------------

@@ -150,15 +150,6 @@ CGPT_INLINE f16 from_float<f16>(float x) {
 #endif
 }
 
-// One element in another storage type.
-template <class To, class From>
-CGPT_INLINE To convert(From x) {
-  if constexpr (__is_same(To, From))
-    return x;
-  else
-    return from_float<To>(to_float(x));
-}
-
 // ---- vectors -----------------------------------------------------------------------------------
 
 CGPT_INLINE VecF load(const float* p) {

@@ -13,8 +13,10 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     PLAIN_OR_NONE,
+    REFUSALS,
     autocast_dtype,
     cast,
+    choose,
     define,
     dense_last,
     undisturbed,
@@ -102,8 +104,8 @@ def attention(
                     kernel, q, k, v, key_padding_mask, attn_bias, alibi_slopes,
                     scale, causal, 0.0, 0, None,
                 )  # fmt: skip
-            except (ValueError, RuntimeError):
-                pass  # said again below in the words of this signature, or strides to be copied
+            except REFUSALS:
+                pass  # the general path says why, or copies strides the kernel cannot read
     return _general(
         q, k, v, causal, key_padding_mask, attn_bias, alibi_slopes, scale, dropout_p, seed, backend
     )
@@ -184,9 +186,7 @@ def _general(
     if isinstance(q, Tensor) and autocast_dtype(q.device.type) is not None:
         q, k, v, attn_bias = _autocast(q.device.type, q, k, v, attn_bias)
     _check(q, k, v, key_padding_mask, attn_bias, alibi_slopes, dropout_p, seed)
-    chosen = backends.resolve(
-        "attention", backend, (q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    )
+    chosen = choose("attention", backend, (q, k, v, key_padding_mask, attn_bias, alibi_slopes))
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
     if dropout_p == 0.0:

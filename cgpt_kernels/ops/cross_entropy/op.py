@@ -13,9 +13,11 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     PLAIN_OR_NONE,
+    REFUSALS,
     as_rows,
     autocast_dtype,
     cast,
+    choose,
     define,
     dense_last,
     undisturbed,
@@ -71,7 +73,7 @@ def linear_cross_entropy(
     ):
         kernel = _lean.get((backend, x.dtype))
         if kernel is not None and reduction in reference.REDUCTIONS and x.ndim > 0:
-            if x.shape[:-1] == target.shape:
+            if x.shape[:-1] == target.shape and 0.0 <= label_smoothing <= 1.0:
                 options = ignore_index, label_smoothing
                 try:
                     if torch.is_grad_enabled() and (
@@ -83,8 +85,8 @@ def linear_cross_entropy(
                     else:
                         rows, _ = _forward(kernel, x, weight, target, bias, *options)
                     return reference.reduce_rows(rows, target, ignore_index, reduction)
-                except ValueError:
-                    pass  # said again below in the words of this signature, or strides to be copied
+                except REFUSALS:
+                    pass  # the general path says why, or copies strides the kernel cannot read
     return _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, backend)
 
 
@@ -133,7 +135,7 @@ def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, 
     if narrow is not None:
         x, weight, bias = cast(narrow, x, weight, bias)
     _check(x, weight, target, bias, reduction, label_smoothing)
-    chosen = backends.resolve("linear_cross_entropy", backend, (x, weight, target, bias))
+    chosen = choose("linear_cross_entropy", backend, (x, weight, target, bias))
     if chosen == "eager":
         rows = reference.linear_cross_entropy_rows(
             x.reshape(target.numel(), x.shape[-1]),

@@ -14,9 +14,11 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     PLAIN_OR_NONE,
+    REFUSALS,
     as_rows,
     autocast_dtype,
     cast,
+    choose,
     define,
     dense_last,
     undisturbed,
@@ -75,8 +77,8 @@ def gemm(
                 ):
                     return _Gemm.apply(kernel, x, weight, bias, residual, activation, weight_layout)
                 return _forward(kernel, x, weight, bias, residual, activation, weight_layout)
-            except ValueError:
-                pass  # said again below in the words of this signature, or strides to be copied
+            except REFUSALS:
+                pass  # the general path says why, or copies strides the kernel cannot read
     return _general(x, weight, bias, residual, activation, weight_layout, backend)
 
 
@@ -138,7 +140,7 @@ def _general(x, weight, bias, residual, activation, weight_layout, backend):
             # as eager: a wide residual stream stays wide
             late_residual, residual = residual, None
     _check(x, weight, bias, residual, activation, weight_layout)
-    chosen = backends.resolve("gemm", backend, (x, weight, bias, residual))
+    chosen = choose("gemm", backend, (x, weight, bias, residual))
     run = reference.gemm if chosen == "eager" else _call_library(chosen)
     y = run(x, weight, bias, residual, activation, weight_layout)
     return y if late_residual is None else y + late_residual

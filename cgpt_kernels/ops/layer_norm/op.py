@@ -13,9 +13,11 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     PLAIN_OR_NONE,
+    REFUSALS,
     as_rows,
     autocast_dtype,
     cast,
+    choose,
     define,
     dense_last,
     undisturbed,
@@ -68,8 +70,8 @@ def layer_norm(
                 ):
                     return _LayerNorm.apply(kernel, x, None, weight, bias, eps)
                 return _forward(kernel, x, None, weight, bias, eps)[0]
-            except ValueError:
-                pass  # said again below in the words of this signature, or strides to be copied
+            except REFUSALS:
+                pass  # the general path says why, or copies strides the kernel cannot read
     return _general("layer_norm", x, None, weight, bias, eps, backend)
 
 
@@ -109,12 +111,12 @@ def add_layer_norm(
                 ):
                     return _LayerNorm.apply(kernel, x, residual, weight, bias, eps)
                 return _forward(kernel, x, residual, weight, bias, eps)[:2]
-            except ValueError:
-                pass  # said again below in the words of this signature, or strides to be copied
+            except REFUSALS:
+                pass  # the general path says why, or copies strides the kernel cannot read
     return _general("add_layer_norm", x, residual, weight, bias, eps, backend)
 
 
-def _check(op, x, residual, weight, bias, eps):
+def _check(op, x, residual, weight, bias):
     for name, value in (("x", x), ("weight", weight)):
         checks.is_tensor(op, name, value)
     if op == "add_layer_norm":
@@ -135,7 +137,6 @@ def _check(op, x, residual, weight, bias, eps):
             checks.has_dtype(op, name, given[name], *parameter_dtypes, why=" beside this x")
             checks.has_shape(op, name, given[name], (C,), "(C,)")
     checks.same_device(op, "x", given)
-    checks.in_range(op, "eps", eps, eps >= 0, ">= 0")
 
 
 def _general(op, x, residual, weight, bias, eps, backend):
@@ -146,9 +147,9 @@ def _general(op, x, residual, weight, bias, eps, backend):
         return with_numpy(function, *tensors, eps=eps, backend=backend)
     if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
         x, residual = _autocast(x.device.type, x, residual)
-    _check(op, x, residual, weight, bias, eps)
+    _check(op, x, residual, weight, bias)
     tensors = (x, weight, bias) if residual is None else (x, residual, weight, bias)
-    chosen = backends.resolve(op, backend, tensors)
+    chosen = choose(op, backend, tensors)
     if residual is None:
         if chosen == "eager":
             return reference.layer_norm(x, weight, bias, eps)
