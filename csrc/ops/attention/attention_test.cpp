@@ -1,0 +1,214 @@
+// Attention against a double-precision loop, on every tier of this machine, without Python.
+#include "attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../../common/test.h"
+
+namespace {
+
+using namespace cgpt;
+
+struct Case {
+  int64_t B, H, S_q, S_k, D;
+  bool causal = true, padding = false, bias = false, alibi = false;
+  double dropout_p = 0;
+};
+
+// Philox 4x32-10, one counter, straight from the paper's figure: the word of element e.
+uint32_t random_word(uint64_t seed, uint64_t e) {
+  uint32_t c[4] = {static_cast<uint32_t>(e >> 2), static_cast<uint32_t>(e >> 34), 0, 0};
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0,
+                              static_cast<uint32_t>(p1),
+                              static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1,
+                              static_cast<uint32_t>(p0)};
+    std::memcpy(c, next, sizeof(c));
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return c[e & 3];
+}
+
+float widen(float x) { return x; }
+float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// The values of `from` that T can hold, rounded towards zero.
+template <class T>
+std::vector<T> narrow(const std::vector<float>& from) {
+  std::vector<T> to(from.size());
+  for (size_t i = 0; i < from.size(); ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = from[i];
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, &from[i], 4);
+      to[i].bits = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  return to;
+}
+
+template <class T>
+struct Problem {
+  Case c;
+  std::vector<T> q, k, v, out;
+  std::vector<float> bias, slopes, lse;
+  std::vector<uint8_t> padding;
+  uint64_t seed = 0x123456789abcdefull;
+
+  explicit Problem(const Case& c) : c(c) {
+    const int64_t rows = c.B * c.H * c.S_q * c.D, keys = c.B * c.H * c.S_k * c.D;
+    const auto draw = [](int64_t n, uint32_t seed) {
+      std::vector<float> x(static_cast<size_t>(n));
+      test::fill(x, seed);
+      return x;
+    };
+    q = narrow<T>(draw(rows, 1)), k = narrow<T>(draw(keys, 2)), v = narrow<T>(draw(keys, 3));
+    bias = draw(c.B * c.H * c.S_q * c.S_k, 4), slopes = draw(c.H, 5);
+    out = narrow<T>(std::vector<float>(q.size(), NAN));
+    lse.assign(static_cast<size_t>(c.B * c.H * c.S_q), NAN);
+    padding.assign(static_cast<size_t>(c.B * c.S_k), 0);
+    for (size_t j = 0; j < padding.size(); ++j) padding[j] = j % 3 == 1;
+  }
+
+  AttentionArgs args() {
+    AttentionArgs a;
+    a.q = test::view(q, {c.B, c.H, c.S_q, c.D});
+    a.k = test::view(k, {c.B, c.H, c.S_k, c.D});
+    a.v = test::view(v, {c.B, c.H, c.S_k, c.D});
+    if (c.padding) {
+      a.key_padding_mask = test::view(padding, {c.B, c.S_k});
+      a.key_padding_mask.dtype = DType::boolean;
+    }
+    if (c.bias) a.attn_bias = test::view(bias, {c.B, c.H, c.S_q, c.S_k});
+    if (c.alibi) a.alibi_slopes = test::view(slopes, {c.H});
+    a.out = test::view(out, {c.B, c.H, c.S_q, c.D});
+    a.lse = test::view(lse, {c.B, c.H, c.S_q});
+    a.scale = 0.7f;
+    a.causal = c.causal;
+    a.dropout_p = c.dropout_p;
+    a.seed = seed;
+    return a;
+  }
+
+  // out and lse of row (b h, i) by the formula.
+  double row(int64_t bh, int64_t i, std::vector<double>& o) const {
+    const int64_t shift = c.S_k - c.S_q;
+    std::vector<double> z(static_cast<size_t>(c.S_k), -INFINITY);
+    double top = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < c.S_k; ++j) {
+      if ((c.causal && j > i + shift) || (c.padding && padding[bh / c.H * c.S_k + j])) continue;
+      z[j] = 0;
+      for (int64_t d = 0; d < c.D; ++d)
+        z[j] += double(widen(q[(bh * c.S_q + i) * c.D + d])) * widen(k[(bh * c.S_k + j) * c.D + d]);
+      z[j] *= 0.7f;
+      if (c.bias) z[j] += bias[(bh * c.S_q + i) * c.S_k + j];
+      if (c.alibi) z[j] -= slopes[bh % c.H] * std::fabs(double(i + shift - j));
+      top = std::fmax(top, z[j]);
+    }
+    o.assign(static_cast<size_t>(c.D), 0);
+    for (int64_t j = 0; j < c.S_k; ++j) {
+      if (z[j] == -INFINITY) continue;
+      const double p = std::exp(z[j] - top);
+      sum += p;
+      const uint64_t e = static_cast<uint64_t>((bh * c.S_q + i) * c.S_k + j);
+      if (c.dropout_p > 0 && random_word(seed, e) < c.dropout_p * 4294967296.0) continue;
+      for (int64_t d = 0; d < c.D; ++d)
+        o[d] += p / (1 - c.dropout_p) * widen(v[(bh * c.S_k + j) * c.D + d]);
+    }
+    for (double& x : o) x = sum > 0 ? x / sum : 0;
+    return sum > 0 ? top + std::log(sum) : -INFINITY;
+  }
+};
+
+template <class T>
+void matches_the_formula(const Case& c) {
+  Problem<T> problem(c);
+  const AttentionArgs args = problem.args();
+  attention_check(args);
+  attention_fwd_cpu(args);
+  std::vector<double> o;
+  for (int64_t row = 0; row < c.B * c.H * c.S_q; ++row) {
+    const double lse = problem.row(row / c.S_q, row % c.S_q, o);
+    if (lse == -INFINITY) {
+      if (problem.lse[row] != -INFINITY) test::failed("a row that sees nothing has a finite lse");
+    } else {
+      test::close(problem.lse[row], lse, 2e-5);
+    }
+    // bf16: P and the output are rounded to 8 bits, values lie in [-1, 1) / (1 - p).
+    for (int64_t d = 0; d < c.D; ++d)
+      test::close(widen(problem.out[row * c.D + d]), o[d], sizeof(T) == 4 ? 1e-5 : 2e-2);
+  }
+}
+
+// What follows the visible keys cannot be seen, not even as NaN, in any bit.
+template <class T>
+void future_keys_leave_no_trace(int64_t S, int64_t D) {
+  Problem<T> clean({1, 2, S, S, D});
+  attention_fwd_cpu(clean.args());
+  const int64_t seen = S / 2;
+  Problem<T> poisoned({1, 2, S, S, D});
+  for (int64_t h = 0; h < 2; ++h)
+    for (int64_t x = (h * S + seen) * D; x < (h + 1) * S * D; ++x)
+      poisoned.k[x] = poisoned.v[x] = narrow<T>({NAN})[0];
+  attention_fwd_cpu(poisoned.args());
+  for (int64_t h = 0; h < 2; ++h)
+    for (int64_t x = h * S * D; x < (h + 1) * S * D; ++x) {
+      const bool same = std::memcmp(&clean.out[x], &poisoned.out[x], sizeof(T)) == 0;
+      if (x < (h * S + seen) * D && !same) test::failed("a future key changed an output");
+      if (x >= (h * S + seen) * D && !std::isnan(widen(poisoned.out[x])))
+        test::failed("a visible NaN vanished");
+    }
+}
+
+void wrong_arguments_are_named() {
+  Problem<float> p({1, 2, 3, 4, 5});
+  AttentionArgs a = p.args();
+  a.k.shape[3] = 6;
+  test::throws("attention: k must have shape (1, 2, 4, 5), got (1, 2, 4, 6)",
+               [&] { attention_check(a); });
+  a = p.args();
+  a.v.strides[3] = 2;
+  test::throws("attention: v must have stride 1 in its last dimension, got 2",
+               [&] { attention_check(a); });
+  a = p.args();
+  a.dropout_p = 1.5;
+  test::throws("attention: dropout_p must be in [0, 1], got 1.500000", [&] { attention_check(a); });
+}
+
+}  // namespace
+
+int main() {
+  wrong_arguments_are_named();
+  return test::on_every_tier([] {
+    const Case cases[] = {
+        {1, 1, 1, 1, 1},
+        {2, 3, 1, 600, 64},                          // two chunks of a decoding step
+        {1, 2, 3, 37, 80},                           // queries that see different numbers of keys
+        {2, 2, 17, 17, 64},                          // one strip
+        {1, 1, 70, 300, 33},                         // two key blocks, odd head
+        {1, 1, 40, 8, 16},                           // the first queries see no key
+        {1, 1, 9, 9, 300},                           // a long head
+        {2, 2, 33, 70, 20, false, true},             // padding
+        {2, 1, 2, 40, 20, true, true, true},         // padding and bias
+        {1, 2, 50, 50, 24, true, true, true, true},  // everything but dropout
+        {1, 2, 50, 61, 24, true, false, false, false, 0.3},
+        {2, 2, 2, 61, 24, false, true, false, true, 0.5},
+        {0, 2, 5, 5, 4},                             // an empty batch
+        {1, 2, 5, 0, 4},                             // no keys at all
+    };
+    for (const Case& c : cases) matches_the_formula<float>(c), matches_the_formula<bf16>(c);
+    for (int64_t S : {3, 61, 300})
+      future_keys_leave_no_trace<float>(S, 24), future_keys_leave_no_trace<bf16>(S, 24);
+  });
+}
