@@ -136,29 +136,16 @@ CGPT_INLINE VecF reduce_each(const VecF* acc) {
   }
 }
 
-// Copies w[rows, K] into dst with row stride ld >= padded_k<C>(K), converted, zero padded.
+// Copies w[rows, K] into dst with row stride ld, a multiple of a vector, converted, zero padded.
 template <class C, class T>
 inline void copy_block(const T* w, int64_t ldw, int64_t rows, int64_t K, C* dst, int64_t ld) {
-  for (int64_t v = 0; v < rows; ++v, w += ldw, dst += ld) {
-    if constexpr (__is_same(C, T)) {
-      __builtin_memcpy(dst, w, static_cast<size_t>(K) * sizeof(T));
-    } else {
-      for (int64_t k = 0; k < K; k += kLanes) store_n(dst + k, load_n(w + k, K - k), K - k);
+  for (int64_t v = 0; v < rows; ++v, w += ldw, dst += ld)
+    for (int64_t k = 0; k < ld; k += KVec<C>::kWidth) {
+      typename KVec<C>::type part = {};
+      if (k < K) part = KVec<C>::load_n(w + k, K - k);
+      __builtin_memcpy(dst + k, &part, sizeof(part));
     }
-    for (int64_t k = K; k < ld; ++k) dst[k] = C{};
-  }
 }
-
-// What one vector of the compute type holds, and acc + its products, summed per lane.
-template <class C>
-constexpr int64_t kDotStep = kLanes * 4 / static_cast<int64_t>(sizeof(C));
-
-CGPT_INLINE VecF load_step(const float* p) { return load(p); }
-CGPT_INLINE VecF dot_step(VecF acc, VecF w, VecF x) { return fmadd(w, x, acc); }
-#if CGPT_TIER_LEVEL >= 3
-CGPT_INLINE __m512bh load_step(const bf16* p) { return bit_cast<__m512bh>(_mm512_loadu_si512(p)); }
-CGPT_INLINE VecF dot_step(VecF acc, __m512bh w, __m512bh x) { return _mm512_dpbf16_ps(acc, w, x); }
-#endif
 
 // tile[v][i] = w[v] . x[i] for kDotTile rows of w and kColumns of x, row stride ld.
 constexpr int kDotTile = 4;
@@ -166,13 +153,13 @@ constexpr int kDotTile = 4;
 template <int kColumns, class C>
 CGPT_INLINE void dot_tile(const C* w, const C* x, int64_t ld, float* tile) {
   VecF acc[kDotTile * kColumns] = {};
-  for (int64_t k = 0; k < ld; k += kDotStep<C>) {
-    decltype(load_step(x)) xs[kColumns];
-    for (int i = 0; i < kColumns; ++i) xs[i] = load_step(x + i * ld + k);
+  for (int64_t k = 0; k < ld; k += KVec<C>::kWidth) {
+    typename KVec<C>::type xs[kColumns];
+    for (int i = 0; i < kColumns; ++i) xs[i] = KVec<C>::load(x + i * ld + k);
     for (int v = 0; v < kDotTile; ++v) {
-      const auto wv = load_step(w + v * ld + k);
+      const auto wv = KVec<C>::load(w + v * ld + k);
       for (int i = 0; i < kColumns; ++i)
-        acc[v * kColumns + i] = dot_step(acc[v * kColumns + i], wv, xs[i]);
+        acc[v * kColumns + i] = KVec<C>::multiply_add(wv, xs[i], acc[v * kColumns + i]);
     }
   }
   const VecF sums = reduce_each<kDotTile * kColumns>(acc);
@@ -181,7 +168,7 @@ CGPT_INLINE void dot_tile(const C* w, const C* x, int64_t ld, float* tile) {
 }
 
 // tile[v][i] = w[v] . x[i] for `rows` rows of w as stored and M <= kDotRows rows of x, which has
-// zeros up to its row stride ldx, a multiple of kDotStep.
+// zeros up to its row stride ldx, a multiple of a vector.
 //
 // kDotTile rows of w are first copied to `buffer`, one after the other: the copy is one stream from
 // memory. Reading the four rows side by side would be four streams of 1-3 KB, too short for the
@@ -226,7 +213,7 @@ struct Kernel {
   C* panels = nullptr;
 
   // By dots: the rows of x, and kDotTile of the weight at a time, with row stride dot_ld.
-  const int64_t dot_ld = round_up(K, kDotStep<C>);
+  const int64_t dot_ld = round_up(K, KVec<C>::kWidth);
   C* x_rows = nullptr;
 
   float* target_logit = nullptr;  // [M]
