@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -37,6 +38,15 @@ class Case:
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Fewest bytes to move: each input read once, each output written once."""
+        raise NotImplementedError
+
+    def torch_call(self, inputs: dict[str, Any], wrap: Callable = lambda f: f) -> Callable:
+        """The call as one writes it in torch today, which is what benchmarks compare with.
+
+        Args:
+            inputs: what inputs() gave.
+            wrap: applied to the function once, e.g. torch.compile.
+        """
         raise NotImplementedError
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from ..case import BENCH, BOTH, Case, Random
 
@@ -80,6 +81,25 @@ class AttentionCase(Case):
         if self.dropout_p:
             given.update(dropout_p=self.dropout_p, seed=0x1234_5678_9ABC)
         return given
+
+    def torch_call(self, inputs, wrap=lambda f: f):
+        """scaled_dot_product_attention; its mask is made beforehand, which is its best case."""
+        if self.bias is not None or self.alibi or self.dropout_p:
+            raise ValueError(f"attention case {self.name}: no single torch call does this")
+        mask, causal = None, self.causal and self.Sq == self.Sk
+        if self.causal and self.Sq not in (1, self.Sk):
+            mask = torch.ones(self.Sq, self.Sk, dtype=torch.bool).tril(self.Sk - self.Sq)
+        if self.padding is not None:
+            real = ~inputs["key_padding_mask"][:, None, None, :]
+            mask, causal = (real if mask is None else mask & real), False
+        scale = self.scale
+        attend = wrap(
+            lambda q, k, v, mask: F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+            )
+        )
+        args = inputs["q"], inputs["k"], inputs["v"], mask
+        return lambda: attend(*args)
 
     @property
     def pairs(self) -> int:

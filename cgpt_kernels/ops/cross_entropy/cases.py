@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from ..case import BENCH, BOTH, Case, Random
 
@@ -39,6 +40,21 @@ class LinearCrossEntropyCase(Case):
         if self.bias:
             given["bias"] = draw.normal(self.V)
         return given
+
+    def torch_call(self, inputs, wrap=lambda f: f):
+        options = dict(
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.smoothing,
+        )
+
+        def loss(x, weight, target, bias):  # as transformers: all logits in fp32
+            logits = F.linear(x, weight, bias).float()
+            return F.cross_entropy(logits.flatten(0, -2), target.flatten(), **options)
+
+        loss = wrap(loss)
+        args = inputs["x"], inputs["weight"], inputs["target"], inputs.get("bias")
+        return lambda: loss(*args)
 
     @property
     def flops(self):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from ..case import BENCH, BOTH, Case, Random
 
@@ -39,6 +40,24 @@ class GemmCase(Case):
         if self.residual:
             given["residual"] = draw.normal(*self.rows, self.N)
         return given
+
+    def torch_call(self, inputs, wrap=lambda f: f):
+        activation, kn = self.activation, self.layout == "kn"
+
+        def product(x, weight, bias, residual):
+            if kn and bias is not None:  # as transformers' Conv1D
+                y = torch.addmm(bias, x.view(-1, x.shape[-1]), weight)
+                y = y.view(*x.shape[:-1], weight.shape[1])
+            else:
+                y = F.linear(x, weight.t() if kn else weight, bias)
+            if activation is not None:
+                tanh = "tanh" if activation == "gelu_tanh" else "none"
+                y = F.relu(y) if activation == "relu" else F.gelu(y, approximate=tanh)
+            return y if residual is None else y + residual
+
+        product = wrap(product)
+        args = inputs["x"], inputs["weight"], inputs.get("bias"), inputs.get("residual")
+        return lambda: product(*args)
 
     @property
     def flops(self):

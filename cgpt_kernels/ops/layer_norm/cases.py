@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from ..case import BENCH, BOTH, Case, Random
 
@@ -26,6 +27,11 @@ class LayerNormCase(Case):
             given["bias"] = draw.normal(self.C, dtype=parameter)
         return given
 
+    def torch_call(self, inputs, wrap=lambda f: f):
+        x, *parameters = inputs["x"], inputs["weight"], inputs.get("bias")
+        norm = wrap(lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias))
+        return lambda: norm(x, *parameters)
+
     @property
     def elements(self) -> int:
         return int(torch.Size(self.rows).numel()) * self.C
@@ -47,6 +53,15 @@ class AddLayerNormCase(LayerNormCase):
         given = super().inputs(dtype, device, seed)
         residual = Random(seed + 1, dtype, device).normal(*self.rows, self.C)
         return {"x": given.pop("x"), "residual": residual, **given}
+
+    def torch_call(self, inputs, wrap=lambda f: f):
+        def add_norm(x, residual, weight, bias):
+            total = x + residual
+            return F.layer_norm(total, weight.shape, weight, bias), total
+
+        add_norm = wrap(add_norm)
+        args = inputs["x"], inputs["residual"], inputs["weight"], inputs.get("bias")
+        return lambda: add_norm(*args)
 
     @property
     def flops(self):

@@ -1,0 +1,8 @@
+"""layer_norm at its benchmark cases."""
+
+from conftest import suite
+
+
+@suite("layer_norm")
+def test_layer_norm(time_case, case, dtype, who):
+    time_case(case, dtype, who)

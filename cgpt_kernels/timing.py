@@ -1,0 +1,219 @@
+"""Timing that survives a shared machine: candidates interleaved, minima and medians, load recorded.
+
+Absolute times move from run to run; only times of one interleaved run are compared. Units: seconds,
+bytes, FLOP/s, bytes/s.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import checks
+
+# One sample lasts at least this long, 100 times the resolution of the clock and of a timer tick's
+# disturbance; short enough for some samples to fall between two time slices of another process.
+SAMPLE_SECONDS = 0.002
+BUSY = 0.25  # other processes' share of the cores beyond which a run is called disturbed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    minimum: float
+    median: float
+    samples: int
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 9
+) -> dict[str, Timing]:
+    """Time all candidates in one run, in turns.
+
+    Args:
+        candidates: name and what to call.
+        seconds: time to spend on all of them together, exceeded where one call is long.
+        rounds: samples of each at least.
+    """
+    per_sample = {}
+    for name, call in candidates.items():
+        call()  # first call: packing, compilation, page faults
+        start = time.perf_counter()
+        call()
+        once = max(time.perf_counter() - start, 1e-7)
+        per_sample[name] = max(1, int(SAMPLE_SECONDS / once))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    end = time.perf_counter() + seconds
+    turn = 0
+    while turn < rounds or time.perf_counter() < end:
+        # another one begins each round, so that none always follows the same neighbour
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            call, count = candidates[name], per_sample[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            samples[name].append((time.perf_counter() - start) / count)
+        turn += 1
+    return {
+        name: Timing(min(values), statistics.median(values), len(values))
+        for name, values in samples.items()
+    }
+
+
+@contextmanager
+def threads(count: int | None):
+    """torch's and the kernels' thread count within the block; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- what the machine can do --------------------------------------------------------------------
+
+
+@functools.cache
+def peak_flops(dtype: torch.dtype, threads: int) -> float:
+    """Highest FLOP/s of a large matrix product by torch; `threads` is part of the cache's key."""
+    best = 0.0
+    for size in (512, 1024, 1536):
+        x, w = torch.randn(2, size, size).to(dtype)
+        taken = interleave({"mm": lambda x=x, w=w: torch.mm(x, w)}, seconds=0.2, rounds=3)["mm"]
+        best = max(best, 2 * size**3 / taken.minimum)
+    return best
+
+
+@functools.cache
+def _bandwidth_at(nbytes: int, threads: int) -> float:
+    # The slope between two sizes: the cost of a call, which would hide small sizes, cancels.
+    small = torch.ones(nbytes // 4)
+    large = torch.ones(2 * nbytes // 4)
+    taken = interleave({"small": small.sum, "large": large.sum}, seconds=0.2, rounds=5)
+    slope = taken["large"].minimum - taken["small"].minimum
+    return nbytes / slope if slope > 0 else 0.0
+
+
+def bandwidth(nbytes: int, threads: int) -> float:
+    """Highest read bandwidth of a working set of this size or larger, as it lies in the caches."""
+    sizes = [1 << p for p in (18, 20, 22, 24, 26, 28)]
+    fitting = [s for s in sizes if s >= nbytes] or sizes[-1:]
+    return max(_bandwidth_at(size, threads) for size in fitting)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The time no implementation beats on this machine, and what sets it."""
+
+    seconds: float
+    limit: str  # "compute" or "bandwidth"
+
+
+def bound(flops: int, nbytes: int, dtype: torch.dtype, threads: int) -> Bound:
+    """The roofline of measured peaks: max(flops / peak FLOP/s, bytes / bandwidth)."""
+    compute = flops / peak_flops(dtype, threads)
+    memory = nbytes / bandwidth(nbytes, threads)
+    return Bound(compute, "compute") if compute > memory else Bound(memory, "bandwidth")
+
+
+# ---- where and when -----------------------------------------------------------------------------
+
+
+def _first(pattern: str, path: str) -> str | None:
+    try:
+        found = re.search(pattern, Path(path).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1].strip() if found else None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed without its repository
+
+
+def others_busy(seconds: float = 0.2) -> float | None:
+    """Share of the cores that other processes use right now; None where /proc does not tell."""
+
+    def snapshot():
+        fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        own = sum(os.times()[:2]) * os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        return sum(fields), sum(fields) - idle - own
+
+    try:
+        total, busy = snapshot()
+        time.sleep(seconds)
+        total_after, busy_after = snapshot()
+    except OSError:
+        return None
+    return max(0.0, (busy_after - busy) / max(total_after - total, 1))
+
+
+def machine(**more) -> dict[str, object]:
+    """Everything a figure needs beside it: device, versions, commit, load, and `more`."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": machine_cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "others_busy": others_busy(),
+        **more,
+    }
+
+
+def machine_cpu() -> str:
+    """The processor's model name."""
+    named = _first(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor()
+    return named or platform.machine()
+
+
+def machine_name() -> str:
+    """A folder name for this machine: `amd-epyc-2-cores`."""
+    cpu = re.sub(r"\(r\)|\(tm\)|cpu|processor|@.*", " ", machine_cpu().lower())
+    return f"{re.sub(r'[^a-z0-9]+', '-', cpu).strip('-')}-{os.cpu_count()}-cores"
+
+
+def write(path: Path, rows: list[dict], **more) -> Path:
+    """Rows and the machine they were taken on, as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(**more), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def dtype_named(name: str | torch.dtype) -> torch.dtype:
+    """torch.bfloat16 for "bf16", "bfloat16" or itself."""
+    short = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    known = {**short, **{checks.name_of(d): d for d in short.values()}}
+    if isinstance(name, torch.dtype):
+        return name
+    checks.is_choice("bench", "dtype", name, tuple(known))
+    return known[name]
