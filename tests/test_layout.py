@@ -129,3 +129,25 @@ def test_documents_name_only_files_that_exist(document):
     paths += [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     for path in paths:
         assert (document.parent / path).exists() or (ROOT / path).exists(), path
+
+
+def support_table():
+    """Markdown: which op has which backend, by the files that exist."""
+    from cgpt_kernels.backends import BACKENDS, OPS
+
+    lines = [f"| op | {' | '.join(BACKENDS)} |", f"|---|{'---|' * len(BACKENDS)}"]
+    for op in OPS.values():
+        have = []
+        for backend in BACKENDS:
+            places = (
+                ROOT / "csrc" / "ops" / op.folder / f"{op.folder}_{backend}.cpp",
+                ROOT / "csrc" / "ops" / op.folder / f"{op.folder}_{backend}.cu",
+                PACKAGE / "ops" / op.folder / f"{op.folder}_{backend}.py",
+            )
+            have.append("yes" if backend == "eager" or any(p.is_file() for p in places) else "-")
+        lines.append(f"| `{op.name}` | {' | '.join(have)} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_shows_the_ops_and_backends_that_exist():
+    assert support_table() in (ROOT / "README.md").read_text(), support_table()
