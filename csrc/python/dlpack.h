@@ -76,9 +76,12 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
 }
 
 // A view and whatever keeps its memory alive during the call.
-struct BorrowedTensor : TensorView {
+struct __attribute__((visibility("hidden"))) BorrowedTensor : TensorView {
   py::object owner;
 };
+
+// How the bound functions take a tensor; an absent one is Python's None.
+using Tensor = const BorrowedTensor&;
 
 inline void borrow_from_protocol(py::handle source, BorrowedTensor& out) {
   py::object capsule = source.attr("__dlpack__")();

@@ -1,6 +1,12 @@
 // The extension module cgpt_kernels._C: no torch header, no torch library. See dlpack.h.
+//
+// The binding lists, one header per op, meet in this one translation unit: reading pybind11's headers
+// is most of their compile time.
 #include "../cpu/isa.h"
-#include "bind.h"
+#include "bind_attention.h"
+#include "bind_cross_entropy.h"
+#include "bind_gemm.h"
+#include "bind_layer_norm.h"
 
 namespace py = pybind11;
 

@@ -1,11 +1,10 @@
+#pragma once
+
 #include "../ops/cross_entropy/cross_entropy.h"
-#include "bind.h"
 #include "dlpack.h"
 
 namespace cgpt::python {
 namespace {
-
-using Tensor = const BorrowedTensor&;
 
 void linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor loss,
                               Tensor lse, int64_t ignore_index, float label_smoothing) {
@@ -19,7 +18,7 @@ void linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor bias, Tensor targe
 
 }  // namespace
 
-void bind_cross_entropy(py::module_& m) {
+inline void bind_cross_entropy(py::module_& m) {
   m.def("linear_cross_entropy_fwd", &linear_cross_entropy_fwd);
 }
 

@@ -1,11 +1,10 @@
+#pragma once
+
 #include "../ops/layer_norm/layer_norm.h"
-#include "bind.h"
 #include "dlpack.h"
 
 namespace cgpt::python {
 namespace {
-
-using Tensor = const BorrowedTensor&;
 
 template <Device device>
 void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor y, Tensor sum,
@@ -21,7 +20,7 @@ void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tenso
 
 }  // namespace
 
-void bind_layer_norm(py::module_& m) {
+inline void bind_layer_norm(py::module_& m) {
   m.def("layer_norm_fwd", &layer_norm_fwd<Device::cpu>);
 #ifdef CGPT_CUDA
   m.def("layer_norm_fwd_cuda", &layer_norm_fwd<Device::cuda>);

@@ -1,11 +1,10 @@
+#pragma once
+
 #include "../ops/gemm/gemm.h"
-#include "bind.h"
 #include "dlpack.h"
 
 namespace cgpt::python {
 namespace {
-
-using Tensor = const BorrowedTensor&;
 
 void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
               const std::string& activation, bool weight_kn) {
@@ -17,6 +16,6 @@ void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
 
 }  // namespace
 
-void bind_gemm(py::module_& m) { m.def("gemm_fwd", &gemm_fwd); }
+inline void bind_gemm(py::module_& m) { m.def("gemm_fwd", &gemm_fwd); }
 
 }  // namespace cgpt::python

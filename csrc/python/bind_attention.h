@@ -1,28 +1,23 @@
+#pragma once
+
 #include "../ops/attention/attention.h"
-#include "bind.h"
 #include "dlpack.h"
 
 namespace cgpt::python {
 namespace {
 
-using Tensor = const BorrowedTensor&;
-
-template <Device device>
 void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor key_padding_mask, Tensor attn_bias,
                    Tensor alibi_slopes, Tensor out, Tensor lse, float scale, bool causal,
                    double dropout_p, uint64_t seed) {
   const AttentionArgs args{q,   k,     v,      key_padding_mask, attn_bias, alibi_slopes, out,
                            lse, scale, causal, dropout_p,        seed};
-  attention_check(args, device);
+  attention_check(args);
   py::gil_scoped_release release;
-#ifdef CGPT_CUDA
-  if constexpr (device == Device::cuda) return attention_fwd_cuda(args);
-#endif
   attention_fwd_cpu(args);
 }
 
 }  // namespace
 
-void bind_attention(py::module_& m) { m.def("attention_fwd", &attention_fwd<Device::cpu>); }
+inline void bind_attention(py::module_& m) { m.def("attention_fwd", &attention_fwd); }
 
 }  // namespace cgpt::python
