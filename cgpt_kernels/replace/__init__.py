@@ -3,11 +3,15 @@
 `replace` changes the class of each module that has a fused counterpart (see swap.py for why that
 keeps everything else as it was). The counterparts live in one adapter file per model family,
 imported only when a model holds one of its modules: transformers stays optional.
+
+An adapter is a file with `CLASSES`, {class: fused class}, where a fused class is a module-level
+`class FusedX(X, Replaced)` that adds no parameters and no __init__; `_ADAPTERS` names it.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -43,7 +47,10 @@ class Replacement:
 
     def restore(self) -> None:
         """Set every module back to what it was before this call; a second time does nothing."""
-        before, self._before = self._before, []
+        # What `ck.restore` or a second copy of this call has put back needs nothing more.
+        before = [entry for entry in self._before if isinstance(entry[0], Replaced)]
+        _check_ours(module for module, _, _ in before)
+        self._before = []
         for module, cls, backend in before:
             _set(module, cls, backend)
 
@@ -115,7 +122,7 @@ def replace(
         raise ValueError(
             f"replace: nothing in {type(model).__name__} can be replaced, it holds "
             f"{', '.join(held[:8])}. Supported: {_SUPPORTED}. "
-            "CONTRIBUTING.md, 'Add a model', says how to write an adapter"
+            "CONTRIBUTING.md, 'Add a model family', says how to write an adapter"
         )
     _check_backend(backend, changes, dtype)
 
@@ -141,12 +148,7 @@ def restore(model: nn.Module) -> None:
         raise ValueError(
             f"restore: nothing in this {type(model).__name__} is replaced; call replace first"
         )
-    for module in replaced:
-        if type(module) is not _fused_class(type(module).original()):
-            raise ValueError(
-                f"restore: a module's class is {type(module).__name__}, built by another library "
-                f"on {type(module).__mro__[1].__name__}; undo that (a parametrization, FSDP) first"
-            )
+    _check_ours(replaced)
     for module in replaced:
         _set(module, type(module).original(), None)
 
@@ -170,6 +172,16 @@ def _check_backend(backend: str, changes: list, dtype: torch.dtype | None) -> No
             backends.resolve(op, backend, tensors.get(op, (heads, heads, heads)))
         except ValueError as error:
             raise ValueError(f"replace: {error}") from None
+
+
+def _check_ours(modules: Iterable[nn.Module]) -> None:
+    """ValueError where another library has put a class of its own on top of a fused one."""
+    for module in modules:
+        if type(module) is not _fused_class(type(module).original()):
+            raise ValueError(
+                f"restore: a module's class is {type(module).__name__}, built by another library "
+                f"on {type(module).__mro__[1].__name__}; undo that (a parametrization, FSDP) first"
+            )
 
 
 def _set(module: nn.Module, cls: type, backend: str | None) -> None:

@@ -46,6 +46,14 @@ def implementation(config) -> str | None:
         return config._attn_implementation
 
 
+def attention_note(config) -> str:
+    """What a user should know where this implementation is not ours to compute."""
+    kind = implementation(config)
+    if kind in ("sdpa", "eager"):
+        return ""
+    return f"attn_implementation={kind!r} runs as it is, on the replaced projections"
+
+
 def expressible(kind: str | None, mask: Tensor | None, kwargs: dict) -> bool:
     """Whether ops.attention computes what this implementation would for this mask and kwargs."""
     if kind != "sdpa" and kind != "eager":

@@ -22,6 +22,7 @@ from transformers.models.bert.modeling_bert import (
 from cgpt_kernels.replace.hf import (
     activation_name,
     attend,
+    attention_note,
     expressible,
     implementation,
     update_cache,
@@ -42,6 +43,10 @@ class FusedBertSelfAttention(BertSelfAttention, Replaced):
     where the implementation is "eager", which returns them, the original forward runs."""
 
     uses = ("gemm", "attention")
+
+    @classmethod
+    def note(cls, module):
+        return attention_note(module.config)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
         if implementation(self.config) != "sdpa" or not expressible("sdpa", attention_mask, kwargs):

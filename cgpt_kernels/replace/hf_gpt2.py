@@ -16,6 +16,7 @@ from cgpt_kernels import ops
 from cgpt_kernels.replace.hf import (
     activation_name,
     attend,
+    attention_note,
     expressible,
     implementation,
     update_cache,
@@ -64,7 +65,7 @@ class FusedGPT2Attention(GPT2Attention, Replaced):
     def note(cls, module):
         if module.reorder_and_upcast_attn and implementation(module.config) == "eager":
             return "reorder_and_upcast_attn runs the original attention"
-        return ""
+        return attention_note(module.config)
 
     def forward(
         self,
