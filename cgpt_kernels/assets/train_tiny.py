@@ -184,7 +184,8 @@ looks like Python; it is there so that demos and tests run on real language, not
   pydoc): {facts["train_documents"]} documents, {facts["train_tokens"]:,} tokens. Those sources are
   under the Python Software Foundation License; no file of them is included here.
 - Training: {facts["steps"]} steps of {facts["tokens_per_step"]} tokens, AdamW (.9, .95), weight
-  decay .1, clip 1, peak learning rate {PEAK_LR}; {facts["hours"]:.1f} hours on one CPU thread.
+  decay .1, clip 1, peak learning rate {PEAK_LR}; {facts["hours"]:.1f} hours of wall time on one CPU
+  thread of a machine busy with other work, pauses included.
 - Held-out loss: {facts["held_out_loss"]:.3f} nats per token
   ({facts["held_out_bits_per_byte"]:.3f} bits per byte) on {facts["held_out_documents"]} documents
   ({facts["held_out_tokens"]:,} tokens) that were kept out of training and chosen by the hash of
@@ -192,11 +193,25 @@ looks like Python; it is there so that demos and tests run on real language, not
 
 Made, and measured, by
 
-    python -m cgpt_kernels.assets.train_tiny --steps {facts["planned_steps"]}
+{_commands(facts["plans"])}
 
 The numbers above are in training.json too. The held-out loss of another Python version's library
 differs, since its files do.
 """
+
+
+def _commands(plans: list[list[int]]) -> str:
+    """The runs behind a checkpoint; after a change of --steps they are not one run's schedule."""
+    lines = []
+    for first, steps in plans:
+        note = f"    # from step {first}" if len(plans) > 1 else ""
+        lines.append(f"    python -m cgpt_kernels.assets.train_tiny --steps {steps}{note}")
+    if len(plans) > 1:
+        lines.append(
+            "\nThe number of steps was changed on the way, which moves the learning rate's"
+        )
+        lines.append("decay: one run of the last line alone follows a somewhat different schedule.")
+    return "\n".join(lines)
 
 
 def save_state(file: Path, **state) -> None:
@@ -230,11 +245,14 @@ def main(argv: list[str] | None = None) -> None:
     model = GPT(CONFIG)
     optimizer = torch.optim.AdamW(model.optimizer_groups(PEAK_LR), betas=(0.9, 0.95), fused=True)
     state_file, step, seconds = args.work / "state.pt", 0, 0.0
+    plans = []  # [first step, --steps] of each run whose --steps differed from the one before
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        step, seconds, plans = state["step"], state["seconds"], state["plans"]
+    if not plans or plans[-1][1] != args.steps:
+        plans.append([step, args.steps])
 
     def checkpoint() -> dict:
         save_state(
@@ -243,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             optimizer=optimizer.state_dict(),
             step=step,
             seconds=seconds,
+            plans=plans,
         )
         facts = {
             "python": platform.python_version(),
@@ -251,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             "train_documents": len(train),
             "train_tokens": len(stream),
             "steps": step,
-            "planned_steps": args.steps,
+            "plans": plans,
             "tokens_per_step": WINDOWS_PER_STEP * CONTEXT,
             "hours": round(seconds / 3600, 2),
         }
