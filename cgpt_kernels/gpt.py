@@ -235,8 +235,11 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # SDPA aligns is_causal top-left, which is right only without cached tokens; `GPT` passes a
-        # mask wherever that differs, and one new token sees everything.
-        causal = mask is None and S > 1
+        # mask wherever that differs, and one new token sees everything. A branch, since SDPA takes
+        # no symbolic flag when S is dynamic in a compiled graph.
+        causal = False
+        if mask is None and S > 1:
+            causal = True
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
 

@@ -368,6 +368,15 @@ def test_compiled_whole_graph_equals_eager(activation):
         torch.testing.assert_close(compiled(random_ids()), model(random_ids()))
 
 
+def test_compiled_once_for_every_length():
+    model = random_model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (20, 7, 33, 1):
+            ids = random_ids(length=length)
+            torch.testing.assert_close(compiled(ids), model(ids))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
