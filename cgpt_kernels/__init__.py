@@ -2,8 +2,9 @@
 
 from . import ops
 from .backends import explain
+from .doctor import doctor
 from .generate import generate
 from .gpt import GPT, GPTConfig
 from .replace import replace, restore
 
-__all__ = ["GPT", "GPTConfig", "explain", "generate", "ops", "replace", "restore"]
+__all__ = ["GPT", "GPTConfig", "doctor", "explain", "generate", "ops", "replace", "restore"]
