@@ -141,9 +141,10 @@ def generate_command(
     """
     import torch
 
-    from . import checks, replace, timing
-    from . import generate as generate_tokens
+    from . import checks, timing
     from .backends import BACKENDS
+    from .generate import generate
+    from .replace import replace
 
     checks.is_choice("generate", "--backend", backend, ("auto", *BACKENDS))
     if prompt == "-":
@@ -171,7 +172,7 @@ def generate_command(
 
     with timing.threads(threads) as count:
         began = time.perf_counter()
-        generate_tokens(
+        generate(
             loaded,
             ids,
             max_new_tokens,
@@ -276,7 +277,8 @@ def bench_command(
 
 def _bench_end_to_end(model: str, dtypes: list[str], threads: int | None, out: Path | None) -> bool:
     """Prints the rows; True when outputs disagree."""
-    from . import GPTConfig, demo, timing
+    from . import demo, timing
+    from .gpt import GPTConfig
 
     GPTConfig.from_name(model)  # an unknown name is told first
     console = _console()
@@ -338,8 +340,8 @@ def _tokenizer(folder: Path):
 
 def _load(folder: Path, dtype, device: str):
     """GPT-2 and muP folders as the reference GPT, anything else through transformers."""
-    from . import GPT
     from .checkpoint import read_config
+    from .gpt import GPT
 
     kind = read_config(folder)[0].get("model_type")
     if kind in ("gpt2", "btlm"):
