@@ -274,21 +274,9 @@ def end_to_end(
             seconds=seconds,
             step=lambda what, short=short: step(f"{name} {short}: generating, {what}"),
         )
-        rows.append(
-            Row(
-                name,
-                short,
-                prompt,
-                new_tokens,
-                rounds,
-                rates["eager"],
-                rates["replaced"],
-                same,
-                errors["eager"],
-                errors["replaced"],
-                scale,
-            )
-        )
+        measured = rounds, rates["eager"], rates["replaced"], same
+        compared = errors["eager"], errors["replaced"], scale
+        rows.append(Row(name, short, prompt, new_tokens, *measured, *compared))
     return rows
 
 
@@ -364,16 +352,8 @@ def _tiny(step: Callable[[str], None], seconds: float, tokens: int) -> tuple[Row
         sampling=SAMPLING,
     )
     first, second = (t.tolist() for t in written.values())
-    row = Row(
-        name,
-        "fp32",
-        ids.shape[1],
-        tokens,
-        rounds,
-        rates["eager"],
-        rates["replaced"],
-        same,
-    )
+    measured = rounds, rates["eager"], rates["replaced"], same
+    row = Row(name, "fp32", ids.shape[1], tokens, *measured)
     return row, decode(ids[0].tolist() + first), first == second
 
 
