@@ -87,6 +87,11 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@torch.compiler.assume_constant_result  # what is built and installed: nothing to trace or to guard
+def _missing(op: str, backend: str) -> str | None:
+    return implementation(op, backend)[1]
+
+
 @functools.cache
 def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
     """The forward function of a compiled backend, or None and the reason it is missing."""
@@ -116,7 +121,7 @@ def why_not(op: str, backend: str, tensors: tuple) -> str | None:
     """The reason why a backend cannot run the op on these tensors, or None when it can."""
     x, what = tensors[0], BACKENDS[backend]
     if backend != "eager":
-        _, reason = implementation(op, backend)
+        reason = _missing(op, backend)
         if reason is not None:
             return reason
     devices = what.devices
