@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from cgpt_kernels import backends, ops
 from cgpt_kernels.ops import registry
+from cgpt_kernels.ops.attention import backward as attention_backward
 from cgpt_kernels.ops.attention.cases import AttentionCase
+from cgpt_kernels.ops.cross_entropy import backward as cross_entropy_backward
 from cgpt_kernels.ops.cross_entropy.cases import LinearCrossEntropyCase
 from cgpt_kernels.ops.gemm.cases import GemmCase
 from cgpt_kernels.ops.layer_norm.cases import AddLayerNormCase, LayerNormCase
@@ -183,6 +185,19 @@ def test_row_strides_and_offsets_are_read_in_place(case, backend):
     wanted = run(function, inputs, gradients=True, backend=backend)
     found = run(function, wide, gradients=True, backend=backend)
     same_bits(wanted, found)
+
+
+@pytest.mark.parametrize("elements", [1, 40, 300])
+@on_backends([c for c in CASES if c.op in ("attention", "linear_cross_entropy")])
+def test_gradients_do_not_depend_on_how_the_backward_is_cut(case, backend, elements, monkeypatch):
+    inputs = inputs_for(case, backend, torch.float32)
+    small = max(v.numel() for v in inputs.values() if isinstance(v, torch.Tensor)) < 5000
+    if not small and elements < 300:
+        pytest.skip("one row at a time takes minutes at this size")
+    for module in (attention_backward, cross_entropy_backward):
+        monkeypatch.setattr(module, "SLAB_ELEMENTS", elements)
+    monkeypatch.setattr(attention_backward, "_by_aten", lambda *_: False)
+    hold_to_rule(registry.FUNCTIONS[case.op], inputs, gradients=True, backend=backend)
 
 
 EMPTY = [

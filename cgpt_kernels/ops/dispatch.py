@@ -80,9 +80,8 @@ def choose(op: str, requested: str, tensors: tuple) -> str:
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] as [rows, C] with the last stride 1; copies only where strides cannot say it."""
     if x.ndim != 2:
-        # not -1, which reshape cannot infer of an empty tensor
-        x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return dense_last(x)
+        x = x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+    return x if x.stride(1) == 1 else dense_last(x)
 
 
 def dense_last(x: Tensor) -> Tensor:

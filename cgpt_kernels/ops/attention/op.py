@@ -236,8 +236,9 @@ class _Attention(torch.autograd.Function):
         seed,
     ):  # fmt: skip
         masks = key_padding_mask, attn_bias, alibi_slopes
-        out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, seed or 0, None)
-        ctx.save_for_backward(q, k, v, *masks)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, seed or 0, lse)
+        ctx.save_for_backward(q, k, v, out, lse, *masks)
         ctx.options = scale, causal, dropout_p, seed
         return out
 
@@ -283,10 +284,10 @@ def _fake(
 
 def _save(ctx, inputs, output):
     q, k, v, *masks, scale, causal, dropout_p, seed, _ = inputs
-    _, lse = output
+    out, lse = output
     _no_alibi_grad(masks[2])
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, *masks, seed)
+    ctx.save_for_backward(q, k, v, out, lse, *masks, seed)
     ctx.options = scale, causal, dropout_p
 
 
@@ -305,8 +306,8 @@ def _backward(ctx, dout, dlse):
 
 
 def _fake_bwd(
-    dout, q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p, seed,
-    need_bias,
+    dout, q, k, v, out, lse, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p,
+    seed, need_bias,
 ):  # fmt: skip
     dbias = attn_bias.new_empty(attn_bias.shape) if need_bias else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
@@ -336,7 +337,7 @@ define(
     autocast=_autocast_args,
 )
 define(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v,"
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor? key_padding_mask, Tensor? attn_bias, Tensor? alibi_slopes, float scale, bool causal,"
     " float dropout_p, Tensor? seed, bool need_bias)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",

@@ -31,8 +31,7 @@ def linear_cross_entropy_bwd(
     wide = torch.promote_types(x.dtype, torch.float32)
     need_bias = need[2] and bias is not None
     dx = x.new_empty((M, K) if need[0] else 0)
-    # Sums over slabs stay in fp32 until the end.
-    dweight = weight.new_zeros((V, K) if need[1] else 0, dtype=wide)
+    dweight = None  # [V, K]; its sum over slabs stays in fp32 until the end
     dbias = weight.new_zeros(V if need_bias else 0, dtype=wide)
     counts = target != ignore_index
     drows = torch.where(counts, drows, 0.0)
@@ -58,10 +57,16 @@ def linear_cross_entropy_bwd(
         if need[0]:
             torch.mm(g, weight, out=dx[rows])
         if need[1]:
-            if wide == x.dtype:
+            if dweight is None:
+                dweight = g.t() @ x[rows]
+                if start + step < M:
+                    dweight = dweight.to(wide)
+            elif wide == x.dtype:
                 dweight.addmm_(g.t(), x[rows])
             else:
                 dweight += g.t() @ x[rows]
+    if dweight is None:
+        dweight = weight.new_zeros((V, K) if need[1] else 0)
     if need_bias:
         dbias = dbias.to(bias.dtype)
     return dx, dweight.to(weight.dtype), dbias if need_bias else weight.new_empty(0)

@@ -162,9 +162,7 @@ def _call_library(backend):
 
 def _forward(kernel, x, weight, bias, residual, activation, weight_layout):
     """y [..., N]."""
-    rows = x
-    if x.ndim != 2 or x.stride(1) != 1:
-        rows = as_rows(x)  # [M, K]
+    rows = as_rows(x)  # [M, K]
     if weight.stride(1) != 1:
         if weight.stride(0) == 1:  # a transposed view is the other layout, in place
             weight, weight_layout = weight.t(), _OTHER_LAYOUT[weight_layout]
@@ -175,7 +173,7 @@ def _forward(kernel, x, weight, bias, residual, activation, weight_layout):
     if residual is not None:
         residual = as_rows(residual)
     kernel(rows, weight, bias, residual, y, activation or "none", kn)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y if x.ndim == 2 else y.view((*x.shape[:-1], y.shape[1]))
 
 
 def _forward_with_pre(kernel, x, weight, bias, residual, activation, weight_layout):

@@ -172,21 +172,21 @@ def _autocast(device_type, x, residual):
 
 def _forward(kernel, x, residual, weight, bias, eps, statistics=False):
     """y, sum (None without residual), mean, rstd (None unless asked for)."""
-    rows = x
-    if x.ndim != 2 or x.stride(-1) != 1:
-        rows = as_rows(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y_rows = y if y.ndim == 2 else y.view(rows.shape)
-    total = total_rows = residual_rows = mean = rstd = None
+    rows = as_rows(x)
+    y_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    total_rows = residual_rows = mean = rstd = None
     if residual is not None:
-        total = torch.empty_like(y)
-        total_rows = total if total.ndim == 2 else total.view(rows.shape)
+        total_rows = torch.empty_like(y_rows)
         residual_rows = as_rows(residual)
     if statistics:
         mean = x.new_empty(rows.shape[0], dtype=torch.float32)
         rstd = torch.empty_like(mean)
     kernel(rows, residual_rows, weight, bias, y_rows, total_rows, mean, rstd, eps)
-    return y, total, mean, rstd
+    if x.ndim == 2:
+        return y_rows, total_rows, mean, rstd
+    shape = x.shape
+    total = None if total_rows is None else total_rows.view(shape)
+    return y_rows.view(shape), total, mean, rstd
 
 
 class _LayerNorm(torch.autograd.Function):
