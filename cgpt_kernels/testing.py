@@ -148,3 +148,83 @@ def hold_to_rule(
     if beyond:
         raise AssertionError("; ".join(beyond))
     return found
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+# What holds exactly, and the test that says so.
+PROMISES = (
+    (
+        "The same inputs give the same bits, run after run, on every tier.",
+        ("test_the_same_bits_in_100_runs", "test_every_tier_repeats_its_bits"),
+    ),
+    (
+        "Every way into an op (lean, autograd, torch.library) gives the same bits.",
+        ("test_library_path_gives_the_same_bits_as_the_lean_path",),
+    ),
+    (
+        "Strides and offsets of the inputs change no bit of the outputs.",
+        (
+            "test_non_contiguous_inputs_give_the_same_bits",
+            "test_row_strides_and_offsets_are_read_in_place",
+        ),
+    ),
+    (
+        "Keys after a query, and padded keys whatever they hold, change no bit of its output.",
+        ("test_attention_ignores_future_keys", "test_masked_keys_may_hold_anything"),
+    ),
+    (
+        "Entries of a batch and rows of a matrix do not touch each other.",
+        ("test_batch_entries_do_not_touch_each_other", "test_gemm_rows_do_not_touch_each_other"),
+    ),
+    (
+        "A query that sees no key gives 0 and takes gradient 0, never NaN.",
+        ("test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient",),
+    ),
+    (
+        "The dropout mask is Philox 4x32-10 of (seed, element index), bit for bit on every backend; "
+        "the backward draws the same one.",
+        (
+            "test_philox_known_answers",
+            "test_dropout_mask_is_the_shared_one",
+            "test_dropout_backward_uses_the_mask_of_the_forward",
+        ),
+    ),
+    (
+        "add_layer_norm returns x + residual as rounded to the dtype, and normalises that.",
+        ("test_add_layer_norm_is_layer_norm_of_the_rounded_sum",),
+    ),
+    (
+        "Nothing is written outside the outputs, and fresh memory is never read.",
+        ("test_nothing_is_written_outside_the_outputs", "nan_filled_memory"),
+    ),
+)
+
+
+def rule_table(cases, dtypes) -> str:
+    """The rule per op and dtype, and the exact promises, as Markdown.
+
+    Args:
+        cases: the test cases (anything with op, name, shape, why).
+        dtypes: the dtypes the tests run.
+    """
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    lines = [
+        "| op | dtypes | cases | output: at most | gradient: at most | plus, of the largest value |",
+        "|---|---|---|---|---|---|",
+    ]
+    by_op: dict[str, list] = {}
+    for case in cases:
+        by_op.setdefault(case.op, []).append(case)
+    for op, own in by_op.items():
+        lines.append(
+            f"| `{op}` | {names} | {len(own)} | {FORWARD_FACTOR:g} x eager's error "
+            f"| {GRADIENT_FACTOR:g} x eager's error | {SLACK:g} |"
+        )
+    lines += ["", "| case | shape | why it is there |", "|---|---|---|"]
+    lines += [f"| `{case.op}` {case.name} | {case.shape} | {case.why} |" for case in cases]
+    lines += ["", "| what holds exactly | held by |", "|---|---|"]
+    lines += [
+        f"| {promise} | {', '.join(f'`{test}`' for test in tests)} |" for promise, tests in PROMISES
+    ]
+    return "\n".join(lines) + "\n"
