@@ -1,5 +1,5 @@
-"""Builds cgpt_kernels._C: every csrc source by its suffix, CPU sources once per instruction-set tier,
-through ninja. No torch is needed; CUDA sources join when nvcc is found.
+"""Builds cgpt_kernels._C through ninja: every csrc source by its suffix, CPU sources once per
+instruction-set tier. No torch is needed; CUDA sources join when nvcc is found.
 
 Environment:
   CGPT_CUDA=auto|on|off    build CUDA sources if nvcc is found (default) | require nvcc | never
@@ -63,7 +63,7 @@ def find_nvcc():
     nvcc = next((str(p) for p in candidates if p.exists()), None)
     if nvcc is None and want == "on":
         raise SystemExit(
-            "CGPT_CUDA=on but nvcc was not found: put it on PATH, set CUDA_HOME, or use CGPT_CUDA=auto"
+            "CGPT_CUDA=on but nvcc was not found: put it on PATH, set CUDA_HOME, or use auto"
         )
     return nvcc
 
