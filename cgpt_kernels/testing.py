@@ -182,8 +182,8 @@ PROMISES = (
         ("test_a_query_that_sees_nothing_gives_zero_and_takes_no_gradient",),
     ),
     (
-        "The dropout mask is Philox 4x32-10 of (seed, element index), bit for bit on every backend; "
-        "the backward draws the same one.",
+        "The dropout mask is Philox 4x32-10 of (seed, element index) on every backend, bit for "
+        "bit; the backward draws the same one.",
         (
             "test_philox_known_answers",
             "test_dropout_mask_is_the_shared_one",
@@ -210,7 +210,7 @@ def rule_table(cases, dtypes) -> str:
     """
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     lines = [
-        "| op | dtypes | cases | output: at most | gradient: at most | plus, of the largest value |",
+        "| op | dtypes | cases | output | gradient | plus, of the largest value |",
         "|---|---|---|---|---|---|",
     ]
     by_op: dict[str, list] = {}
@@ -218,8 +218,8 @@ def rule_table(cases, dtypes) -> str:
         by_op.setdefault(case.op, []).append(case)
     for op, own in by_op.items():
         lines.append(
-            f"| `{op}` | {names} | {len(own)} | {FORWARD_FACTOR:g} x eager's error "
-            f"| {GRADIENT_FACTOR:g} x eager's error | {SLACK:g} |"
+            f"| `{op}` | {names} | {len(own)} | at most {FORWARD_FACTOR:g} x eager's error "
+            f"| at most {GRADIENT_FACTOR:g} x eager's error | {SLACK:g} |"
         )
     lines += ["", "| case | shape | why it is there |", "|---|---|---|"]
     lines += [f"| `{case.op}` {case.name} | {case.shape} | {case.why} |" for case in cases]
