@@ -200,6 +200,14 @@ def test_gradients_do_not_depend_on_how_the_backward_is_cut(case, backend, eleme
     hold_to_rule(registry.FUNCTIONS[case.op], inputs, gradients=True, backend=backend)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+def test_layer_norm_takes_weight_and_bias_of_different_dtypes(backend):
+    case = LayerNormCase(name="mixed", rows=(3,), C=24, why="")
+    inputs = inputs_for(case, backend, torch.bfloat16)
+    inputs["bias"] = inputs["bias"].float()
+    hold_to_rule(ops.layer_norm, inputs, gradients=True, backend=backend)
+
+
 EMPTY = [
     LayerNormCase(name="no_rows", rows=(0, 3), C=8, why=""),
     LayerNormCase(name="no_width", rows=(3,), C=0, why=""),

@@ -249,6 +249,8 @@ def _backward(ctx, dy, dmean, drstd):
 def _run_add(x, residual, weight, bias, eps, backend):
     kernel, _ = backends.implementation("layer_norm", backend)
     weight, bias = dense_last(weight), bias if bias is None else dense_last(bias)
+    if bias is not None and bias.dtype != weight.dtype:  # kernels take parameters of one dtype
+        weight, bias = weight.float(), bias.float()
     return _forward(kernel, x, residual, weight, bias, eps, statistics=True)
 
 
