@@ -85,9 +85,9 @@ class NinjaBuild(build_ext):
             sysconfig.get_paths()["include"],
         ]
         (build / "build.ninja").write_text(ninja_text(out, includes, find_nvcc()))
-        jobs = os.environ.get("MAX_JOBS")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
-        command = [ninja, "-C", str(build), *(["-j", jobs] if jobs else [])]
+        command = [ninja, "-C", str(build), "-j", jobs]
         if not self.verbose:
             command.append("--quiet")
         subprocess.run(command, check=True)
