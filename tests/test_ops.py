@@ -187,6 +187,20 @@ def test_row_strides_and_offsets_are_read_in_place(case, backend):
     same_bits(wanted, found)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1)], ids=str)
+def test_expanded_leading_dimensions(shape, backend):
+    inputs = inputs_for(GemmCase(name="", M=(3, 4), N=8, K=8, why=""), backend, torch.float32)
+    x = inputs["x"][: shape[0], : shape[1]].expand(3, 4, 8)
+    whole = x.contiguous()
+    for call in (
+        lambda x: ops.gemm(x, inputs["weight"], residual=x, backend=backend),
+        lambda x: ops.layer_norm(x, inputs["bias"], backend=backend),
+        lambda x: ops.add_layer_norm(x, x, inputs["bias"], backend=backend)[0],
+    ):
+        assert torch.equal(call(x), call(whole))
+
+
 @pytest.mark.parametrize("elements", [1, 40, 300])
 @on_backends([c for c in CASES if c.op in ("attention", "linear_cross_entropy")])
 def test_gradients_do_not_depend_on_how_the_backward_is_cut(case, backend, elements, monkeypatch):
