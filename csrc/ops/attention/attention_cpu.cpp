@@ -67,7 +67,7 @@ void decode(const AttentionArgs& a, const Dropout& dropout) {
 template <class T>
 void attention(const AttentionArgs& a) {
   const Dropout dropout = dropout_of(a);
-  if (a.q.shape[2] <= kDecodeRows) decode<T>(a, dropout);
+  if (a.q.shape[2] <= kDecodeRows<T>) decode<T>(a, dropout);
   else prefill<T>(a, dropout);
 }
 

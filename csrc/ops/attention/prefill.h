@@ -21,6 +21,8 @@ namespace cgpt::CGPT_TIER {
 // Whole register tiles of rows: 32 for AMX's tiles, two of kMR otherwise; S of a strip is at most
 // 32 KB.
 constexpr int64_t kStripM = kHasAmx ? 32 : 2 * kMR;
+// Near the diagonal strips are one tile high, which wastes less on keys that only their last row sees.
+constexpr int64_t kUnitM = kHasAmx ? 32 : kMR;
 constexpr int64_t kBlockN = 256;
 // Packing a key block costs a few operations per element, multiplying 2 * rows: 512 rows make it 1 %.
 // O of so many rows (128 KB for D = 64) stays in L2.
@@ -39,7 +41,7 @@ struct Prefill {
   float* m;       // [rows] largest logit so far
   float* l;       // [rows, kLanes] lane sums of P
   float* add;     // [kBlockN] bias and mask of a row
-  uint8_t* begun; // [strips] whether o, m, l of a strip hold anything
+  uint8_t* begun; // [units] whether o, m, l of kUnitM rows hold anything
   T* v_finite;    // [kBlockN, D] V with zeros for infinities and NaN
   uint8_t* v_bad; // [kBlockN] keys where V has such
   uint32_t* random;
@@ -57,7 +59,7 @@ struct Prefill {
     m = c.take<float>(rows);
     l = c.take<float>(rows * kLanes);
     add = c.take<float>(kBlockN);
-    begun = c.take<uint8_t>(rows / kStripM);
+    begun = c.take<uint8_t>(rows / kUnitM);
     v_finite = c.take<T>(kBlockN * D);
     v_bad = c.take<uint8_t>(kBlockN);
     random = c.take<uint32_t>(philox_room(kBlockN));
@@ -67,14 +69,17 @@ struct Prefill {
   // Copies n rows of V to v_finite with zeros for what is not finite; false if all was finite.
   // Zero probabilities times such values would be NaN.
   bool clean_v(const T* rows, int64_t stride, int64_t n) {
-    VecF poison = zero();
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t d = 0; d < D; d += kLanes)
-        poison = fmadd(load_n(rows + j * stride + d, D - d), zero(), poison);
-    float lane[kLanes], sum = 0.0f;
-    store(lane, poison);
-    for (float x : lane) sum += x;
-    if (sum == 0.0f) return false;
+    // 0 * x is NaN for what is not finite. Four sums hide the latency.
+    VecF poison[4] = {};
+    for (int64_t j = 0; j < n; ++j) {
+      const T* row = rows + j * stride;
+      int64_t d = 0;
+      for (; d + 4 * kLanes <= D; d += 4 * kLanes)
+        for (int u = 0; u < 4; ++u)
+          poison[u] = fmadd(load(row + d + u * kLanes), zero(), poison[u]);
+      for (; d < D; d += kLanes) poison[0] = fmadd(load_n(row + d, D - d), zero(), poison[0]);
+    }
+    if (reduce_add((poison[0] + poison[1]) + (poison[2] + poison[3])) == 0.0f) return false;
     for (int64_t j = 0; j < n; ++j) {
       v_bad[j] = 0;
       for (int64_t d = 0; d < D; ++d) {
@@ -97,7 +102,7 @@ struct Prefill {
     }
     for (int64_t j = 0; j < keys; j += kNR)
       for (int64_t d = 0; d < D; d += kSumD)
-        block_gemm<C>(count, kNR, min64(kSumD, D - d), q_rows + d, Dp, k + j * Dp + d * kNR, s + j,
+        block_gemm<C>(count, min64(kNR, keys - j), min64(kSumD, D - d), q_rows + d, Dp, k + j * Dp + d * kNR, s + j,
                       kBlockN, d > 0);
   }
 
@@ -124,19 +129,17 @@ struct Prefill {
                      float* l_rows) {
     constexpr int64_t kRoom = (kStripM + kLanes - 1) / kLanes * kLanes;
     float fresh[kRoom], alpha[kRoom];
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = s + i * kBlockN;
-      const int64_t end = rule.key_end(i0 + i, j0 + n) - j0;
-      if (end <= 0) {
-        fresh[i] = -kInfinity;
-        continue;
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      VecF largest[kLanes];
+      for (int64_t r = i; r < i + kLanes; ++r) {
+        float* row = s + r * kBlockN;
+        const int64_t end = r < rows ? rule.key_end(i0 + r, j0 + n) - j0 : 0;
+        if (end > 0 && masked && !shared_add) row_addends(rule, i0 + r, j0, end, add);
+        if (end > 0 && rewritten) rewrite_logits(rule, i0 + r, j0, end, add, row);
+        else if (end > 0 && masked) mask_logits(end, add, row);
+        largest[r - i] = row_max(row, end);
       }
-      if (masked && !shared_add) row_addends(rule, i0 + i, j0, end, add);
-      if (rewritten)
-        rewrite_logits(rule, i0 + i, j0, end, add, row);
-      else if (masked)
-        mask_logits(end, add, row);
-      fresh[i] = rule.kept(row_max(row, end));
+      store(fresh + i, rule.kept(reduce_each(largest, kMax)));
     }
     if (first) {
       for (int64_t i = 0; i < rows; ++i) m_rows[i] = fresh[i];
@@ -171,9 +174,12 @@ struct Prefill {
 
   void write(const AttentionArgs& a, const Dropout& dropout, const LogitRule& rule, int64_t b,
              int64_t h, int64_t i0, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const float sum = begun[i / kStripM] ? reduce_add(load(l + i * kLanes)) : 0.0f;
-      write_row<T>(a, rule, b, h, i0 + i, o + i * ldo, m[i], sum, dropout.rescale);
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      VecF sums[kLanes];
+      for (int r = 0; r < kLanes; ++r)
+        sums[r] = i + r < rows && begun[(i + r) / kUnitM] ? load(l + (i + r) * kLanes) : zero();
+      write_rows<T>(a, rule, b, h, i0 + i, min64(kLanes, rows - i), o + i * ldo, ldo, m + i,
+                    reduce_each(sums, kSum), dropout.rescale);
     }
   }
 
@@ -187,7 +193,7 @@ struct Prefill {
     const T* v_head = a.v.as<const T>() + b * a.v.strides[0] + h * a.v.strides[1];
     pack_a<C>(a.q.as<const T>() + b * a.q.strides[0] + h * a.q.strides[1] + i0 * q_stride, q_stride,
               rows, D, q);
-    for (int64_t i = 0; i < rows; i += kStripM) begun[i / kStripM] = 0;
+    for (int64_t i = 0; i < rows; i += kUnitM) begun[i / kUnitM] = 0;
 
     int64_t key_begin = 0, key_end = rule.key_end(i0 + rows - 1, S_k);
     if (rule.padding) {
@@ -218,15 +224,18 @@ struct Prefill {
       if (bad) pack_b<C>(v_finite, D, int64_t{1}, keys, D, v);
       else pack_b<C>(v_block, v_stride, int64_t{1}, keys, D, v);
 
-      for (int64_t r = 0; r < rows; r += kStripM) {
-        const int64_t strip = min64(kStripM, rows - r), first_row = i0 + r;
+      for (int64_t r = 0, strip; r < rows; r += strip) {
+        const int64_t first_row = i0 + r;
+        // Units of a strip that sees the whole block have all begun or all not.
+        const bool whole = rule.key_end(first_row, j0 + keys) == j0 + keys;
+        strip = min64(whole ? kStripM : kUnitM, rows - r);
         const int64_t n = rule.key_end(first_row + strip - 1, j0 + keys) - j0;
         if (n <= 0) continue;
-        const int64_t room = min64(kBlockN, round_up(n, kNR));
-        const bool first = !begun[r / kStripM];
-        begun[r / kStripM] = 1;
+        const int64_t room = round_up(n, kNR);
+        const bool first = !begun[r / kUnitM];
+        for (int64_t i = r; i < r + strip; i += kUnitM) begun[i / kUnitM] = 1;
         float* o_rows = o + r * ldo;
-        logits(q + r * Dp, strip, room);
+        logits(q + r * Dp, strip, round_up(n, kLanes));
         if (rule.rewrites())
           strip_softmax<true>(rule, true, shared_add, first_row, strip, j0, n, room, first, o_rows,
                               m + r, l + r * kLanes);

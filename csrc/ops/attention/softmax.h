@@ -9,6 +9,9 @@
 #include "../../cpu/simd.h"
 #include "attention.h"
 
+// GCC leaves a lambda that is used twice as a call, even in the innermost loop.
+#define CGPT_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace cgpt::CGPT_TIER {
 
 constexpr float kLog2e = 1.44269504088896341f;
@@ -19,43 +22,50 @@ CGPT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to *
 CGPT_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 CGPT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// 2^x for x <= 0 (or NaN, which stays); exactly 0 below -126, exactly 1 at 0. x = floor(x) + r;
-// 2^r by a polynomial with constant term 1, minimax in relative error on [0, 1]: 2.0e-9 for
-// degree 6 (the rounding of fp32 arithmetic, 1e-7, remains), 2.9e-6 for degree 4, a hundredth of the
-// rounding of a 16-bit result.
+// Intel's processors multiply by 2^n and take fractions in one instruction each; AMD's need two
+// cycles for both, and integer arithmetic is the faster way.
+constexpr bool kScalef = CGPT_TIER_LEVEL == 2 || CGPT_TIER_LEVEL == 4;
+
+// 2^r = 1 + c1 r + c2 r^2 + ..., minimax in relative error on [0, 1] (for kScalef) or [-1/2, 1/2]. The
+// error is 2e-9 for degree 6 (the rounding of fp32 arithmetic, 1e-7, remains), and 2.9e-6 for degree
+// 4, a hundredth of the rounding of a 16-bit result.
+constexpr float kExp2Degree4[2][4] = {
+    {0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582852944731712f},
+    {0.6930448412895203f, 0.2412802129983902f, 0.052242472767829895f, 0.013426685705780983f}};
+constexpr float kExp2Degree6[2][6] = {
+    {0.6931471824645996f, 0.24022647738456726f, 0.055503323674201965f, 0.00961843691766262f,
+     0.0013398875016719103f, 0.00015353361959569156f},
+    {0.6931470632553101f, 0.2402293086051941f, 0.055485282093286514f, 0.009675451554358006f,
+     0.0012467845808714628f, 0.0002161291631637141f}};
+template <int degree>
+CGPT_INLINE VecF exp2_fraction(VecF r) {
+  static_assert(degree == 4 || degree == 6);
+  const float* c = degree == 4 ? kExp2Degree4[kScalef] : kExp2Degree6[kScalef];
+  VecF p = set1(c[degree - 1]);
+#pragma GCC unroll 6
+  for (int i = degree - 2; i >= 0; --i) p = fmadd(p, r, set1(c[i]));
+  return fmadd(p, r, set1(1.0f));
+}
+
+// 2^x for x <= 0 (or NaN, which stays); exactly 0 below -126, exactly 1 at 0. Results below 2^-126
+// would be denormal, which some processors multiply 100 times slower.
 template <int degree>
 CGPT_INLINE VecF exp2(VecF x) {
 #if CGPT_TIER_LEVEL >= 2
-  const VecF r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-#else
-  const VecF clamped = x < set1(-126.0f) ? set1(-126.0f) : x;
-  // Adding 1.5 * 2^23 rounds to an integer, which then lies in the low bits; -1/2 makes it floor
-  // (or, where x is an integer, perhaps x - 1: r = 1 is as good).
-  const VecF shifted = (clamped - set1(0.5f)) + set1(12582912.0f);
-  const VecF r = clamped - (shifted - set1(12582912.0f));
-#endif
-  VecF p;
-  if constexpr (degree == 4) {
-    p = set1(0.013426685705780983f);
-    p = fmadd(p, r, set1(0.052242472767829895f));
-    p = fmadd(p, r, set1(0.2412802129983902f));
-    p = fmadd(p, r, set1(0.6930448412895203f));
-  } else {
-    static_assert(degree == 6);
-    p = set1(0.0002161291631637141f);
-    p = fmadd(p, r, set1(0.0012467845808714628f));
-    p = fmadd(p, r, set1(0.009675451554358006f));
-    p = fmadd(p, r, set1(0.055485282093286514f));
-    p = fmadd(p, r, set1(0.2402293086051941f));
-    p = fmadd(p, r, set1(0.6931470632553101f));
-  }
-  p = fmadd(p, r, set1(1.0f));
-#if CGPT_TIER_LEVEL >= 2
-  // Results below 2^-126 would be denormal, which some processors multiply 100 times slower.
   const __mmask16 normal = _mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, p, x);
+  if constexpr (kScalef) {
+    const VecF r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    return _mm512_maskz_scalef_ps(normal, exp2_fraction<degree>(r), x);
+  }
+#endif
+  // Adding 1.5 * 2^23 + 127 rounds to an integer n, and the sum's low bits are the exponent of 2^n.
+  const VecF shifted = x + set1(12583039.0f);
+  const VecF r = x - (shifted - set1(12583039.0f));
+  const VecF p = exp2_fraction<degree>(r);
+  const VecF power = bit_cast<VecF>(bit_cast<VecI>(shifted) << 23);
+#if CGPT_TIER_LEVEL >= 2
+  return _mm512_maskz_mul_ps(normal, p, power);
 #else
-  const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) + set1i(127)) << 23);
   return select(x < set1(-126.0f), zero(), p * power);
 #endif
 }
@@ -64,8 +74,12 @@ CGPT_INLINE VecF exp2(VecF x) {
 template <class T>
 constexpr int kExpDegree = sizeof(T) == 4 ? 6 : 4;
 
-// One probability vector in the type that multiplies V.
-CGPT_INLINE void store_p(float* p, VecF v) { store(p, v); }
+// Rounds to nearest like store(), to bf16 in one instruction where there is one.
+template <class C>
+CGPT_INLINE void store_p(C* p, VecF v) {
+  store(p, v);
+}
+template <>
 CGPT_INLINE void store_p(bf16* p, VecF v) {
 #if CGPT_TIER_LEVEL >= 3
   const __m256bh half = _mm512_cvtneps_pbh(v);
@@ -74,6 +88,53 @@ CGPT_INLINE void store_p(bf16* p, VecF v) {
   store(p, v);
 #endif
 }
+template <class C>
+CGPT_INLINE void store_p(C* p, VecF a, VecF b) {
+#if CGPT_TIER_LEVEL >= 3
+  if constexpr (sizeof(C) == 2) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(b, a);
+    __builtin_memcpy(p, &both, sizeof(both));
+    return;
+  }
+#endif
+  store_p(p, a);
+  store_p(p + kLanes, b);
+}
+
+// Reduces kLanes vectors at once: lane i of the result combines the lanes of a[i].
+template <class Op>
+CGPT_INLINE VecF reduce_each(const VecF* a, Op op) {
+#if CGPT_TIER_LEVEL >= 2
+  // Within each 128 bits: four vectors become [a b c d]; then the four quarters are combined.
+  const auto four = [&](const VecF* v) CGPT_INLINE_LAMBDA {
+    const VecF ab = op(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const VecF cd = op(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    return op(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  };
+  const auto pair = [&](VecF x, VecF y) CGPT_INLINE_LAMBDA {
+    return op(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  return pair(pair(four(a), four(a + 4)), pair(four(a + 8), four(a + 12)));
+#elif CGPT_TIER_LEVEL == 1
+  const auto four = [&](const VecF* v) CGPT_INLINE_LAMBDA {
+    const VecF ab = op(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+    const VecF cd = op(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+    return op(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  };
+  const VecF x = four(a), y = four(a + 4);
+  return op(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+#else
+  VecF each;
+  for (int i = 0; i < kLanes; ++i) {
+    float lane = a[i][0];
+    for (int l = 1; l < kLanes; ++l) lane = op(set1(lane), set1(a[i][l]))[0];
+    each[i] = lane;
+  }
+  return each;
+#endif
+}
+constexpr auto kSum = [](VecF a, VecF b) CGPT_INLINE_LAMBDA { return a + b; };
+constexpr auto kMax = [](VecF a, VecF b) CGPT_INLINE_LAMBDA { return max(a, b); };
 
 // What is added to, or removed from, the scaled logits of one (batch, head).
 struct LogitRule {
@@ -108,7 +169,8 @@ struct LogitRule {
   CGPT_INLINE bool rewrites() const { return bias || slope != 0.0f || !(scale > 0.0f); }
   // A row's running maximum is kept in natural units if logits are rewritten, else as a power of two,
   // rounded once: probabilities and rescaling factors then refer to the same number.
-  CGPT_INLINE float kept(float largest) const {
+  template <class V>
+  CGPT_INLINE V kept(V largest) const {
     return rewrites() ? largest : largest * (scale * kLog2e);
   }
   CGPT_INLINE float kept_to_log2() const { return rewrites() ? kLog2e : 1.0f; }
@@ -184,8 +246,8 @@ inline void rewrite_logits(const LogitRule& rule, int64_t i, int64_t j0, int64_t
   }
 }
 
-// max(s[0 .. n)), -inf for n = 0.
-CGPT_INLINE float row_max(const float* s, int64_t n) {
+// Lane maxima of s[0 .. n), -inf for n = 0.
+CGPT_INLINE VecF row_max(const float* s, int64_t n) {
   VecF a = set1(-kInfinity), b = a;
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
@@ -193,7 +255,7 @@ CGPT_INLINE float row_max(const float* s, int64_t n) {
     b = max(b, load(s + j + kLanes));
   }
   for (; j < n; j += kLanes) a = max(a, load_n(s + j, n - j, -kInfinity));
-  return reduce_max(max(a, b));
+  return max(a, b);
 }
 
 // p[j] = exp(logit j - maximum) for j < n, 0 up to `room`; the sums of the lanes. m is the maximum as
@@ -203,25 +265,25 @@ CGPT_INLINE float row_max(const float* s, int64_t n) {
 template <int degree, bool rewritten, class C>
 CGPT_INLINE VecF row_exp(const float* s, int64_t n, int64_t room, float m, float c, C* p) {
   const VecF mv = set1(m), cv = set1(rewritten ? kLog2e : c);
-  const auto probability = [&](VecF x) {
+  const auto probability = [&](VecF x) CGPT_INLINE_LAMBDA {
     if constexpr (rewritten) return exp2<degree>((x - mv) * cv);
     else return exp2<degree>(fmadd(x, cv, -mv));
   };
-  VecF sum = zero();
+  VecF sum = zero(), odd = zero();
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const VecF x = probability(load(s + j));
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+    const VecF x = probability(load(s + j)), y = probability(load(s + j + kLanes));
     sum += x;
-    store_p(p + j, x);
+    odd += y;
+    store_p(p + j, x, y);
   }
-  if (j < n) {
+  for (; j < n; j += kLanes) {
     const VecF x = probability(load_n(s + j, n - j, -kInfinity));
     sum += x;
     store_p(p + j, x);
-    j += kLanes;
   }
   for (; j < room; j += kLanes) store_p(p + j, zero());
-  return sum;
+  return sum + odd;
 }
 
 // Zeroes the probabilities that dropout drops: those whose random word is below floor(p * 2^32).
@@ -251,20 +313,32 @@ inline void row_dropout(const Dropout& d, uint64_t first, int64_t n, uint32_t* r
     if (r[j] < d.threshold) p[j] = C{};
 }
 
-// Row i of (b, h) from its sums: out = o / l, lse = m + log(l).
+// Up to kLanes rows of (b, h) from their sums: out = o / l, lse = m + log(l). A row with l = 0 has seen
+// no key, and its o may be anything.
 template <class T>
-CGPT_INLINE void write_row(const AttentionArgs& a, const LogitRule& rule, int64_t b, int64_t h,
-                           int64_t i, const float* o, float m, float l, float rescale) {
-  const int64_t D = a.out.shape[3];
-  T* out = a.out.as<T>() + b * a.out.strides[0] + h * a.out.strides[1] + i * a.out.strides[2];
-  const bool blind = l == 0.0f;  // o may then be anything
-  const VecF factor = set1(rescale / l);
-  for (int64_t d = 0; d < D; d += kLanes)
-    store_n(out + d, blind ? zero() : load_n(o + d, D - d) * factor, D - d);
+inline void write_rows(const AttentionArgs& a, const LogitRule& rule, int64_t b, int64_t h, int64_t i0,
+                       int64_t rows, const float* o, int64_t ldo, const float* m, VecF l,
+                       float rescale) {
+  const int64_t D = a.out.shape[3], whole = D / kLanes * kLanes;
+  float factor[kLanes], sum[kLanes];
+  store(sum, l);
+  store(factor, set1(rescale) / l);
+  T* out = a.out.as<T>() + b * a.out.strides[0] + h * a.out.strides[1] + i0 * a.out.strides[2];
+  for (int64_t i = 0; i < rows; ++i, out += a.out.strides[2], o += ldo) {
+    const VecF f = set1(factor[i]);
+    if (sum[i] == 0.0f) {
+      for (int64_t d = 0; d < D; ++d) out[d] = T{};
+    } else {
+      for (int64_t d = 0; d < whole; d += kLanes) store_p(out + d, load(o + d) * f);
+      if (whole < D) store_n(out + whole, load_n(o + whole, D - whole) * f, D - whole);
+    }
+  }
   if (!a.lse) return;
   const int64_t* stride = a.lse.strides;
-  a.lse.as<float>()[b * stride[0] + h * stride[1] + i * stride[2]] =
-      blind ? -kInfinity : m * rule.kept_to_natural() + __builtin_logf(l);
+  float* lse = a.lse.as<float>() + b * stride[0] + h * stride[1] + i0 * stride[2];
+  for (int64_t i = 0; i < rows; ++i)
+    lse[i * stride[2]] =
+        sum[i] == 0.0f ? -kInfinity : m[i] * rule.kept_to_natural() + __builtin_logf(sum[i]);
 }
 
 // Cuts one allocation into arrays.
