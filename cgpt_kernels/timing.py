@@ -92,29 +92,28 @@ def threads(count: int | None):
 @functools.cache
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
     """Highest FLOP/s of a large matrix product by torch; `threads` is part of the cache's key."""
-    best = 0.0
+    calls = {}
     for size in (512, 1024, 1536):
         x, w = torch.randn(2, size, size).to(dtype)
-        taken = interleave({"mm": lambda x=x, w=w: torch.mm(x, w)}, seconds=0.2, rounds=3)["mm"]
-        best = max(best, 2 * size**3 / taken.minimum)
-    return best
+        calls[size] = functools.partial(torch.mm, x, w)
+    taken = interleave(calls, seconds=1.5)
+    return max(2 * size**3 / timing.minimum for size, timing in taken.items())
 
 
 @functools.cache
-def _bandwidth_at(nbytes: int, threads: int) -> float:
-    # The slope between two sizes: the cost of a call, which would hide small sizes, cancels.
-    small = torch.ones(nbytes // 4)
-    large = torch.ones(2 * nbytes // 4)
-    taken = interleave({"small": small.sum, "large": large.sum}, seconds=0.2, rounds=5)
-    slope = taken["large"].minimum - taken["small"].minimum
-    return nbytes / slope if slope > 0 else 0.0
+def _bandwidths(threads: int) -> dict[int, float]:
+    # The slope between a size and its double: the cost of a call, which would hide small sizes,
+    # cancels. All sizes in one run, since a disturbed minimum spoils a slope.
+    sizes = [1 << p for p in range(18, 30)]
+    taken = interleave({n: torch.ones(n // 4).sum for n in sizes}, seconds=3.0)
+    slopes = {n: taken[2 * n].minimum - taken[n].minimum for n in sizes[:-1]}
+    return {n: n / slope for n, slope in slopes.items() if slope > 0}
 
 
 def bandwidth(nbytes: int, threads: int) -> float:
     """Highest read bandwidth of a working set of this size or larger, as it lies in the caches."""
-    sizes = [1 << p for p in (18, 20, 22, 24, 26, 28)]
-    fitting = [s for s in sizes if s >= nbytes] or sizes[-1:]
-    return max(_bandwidth_at(size, threads) for size in fitting)
+    measured = _bandwidths(threads)
+    return max(v for n, v in measured.items() if n >= min(nbytes, max(measured)))
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def test_numpy_views_with_odd_strides_and_read_only_arrays():
     assert np.array_equal(ops.layer_norm(x[::-2, ::2], weight), wanted)
 
 
+def test_a_numpy_dtype_unknown_to_torch_is_an_error():
+    with pytest.raises(TypeError, match="layer_norm: a NumPy array must have a dtype that torch"):
+        ops.layer_norm(np.array(["a"]), np.ones(1, np.float32))
+
+
 @ALL_OPS
 def test_kernels_take_numpy_arrays_themselves(op):
     """The module _C speaks DLPack to NumPy too."""

@@ -111,20 +111,26 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ..
 # ---- NumPy --------------------------------------------------------------------------------------
 
 
-def _from_numpy(array: np.ndarray) -> Tensor:
+def _from_numpy(op: str, array: np.ndarray) -> Tensor:
     if any(s < 0 for s in array.strides):
         array = np.ascontiguousarray(array)  # torch has no negative strides
     with warnings.catch_warnings():
         # A read-only array is fine: kernels write to fresh tensors only.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        try:
+            return torch.from_numpy(array)
+        except TypeError:
+            raise TypeError(
+                f"{op}: a NumPy array must have a dtype that torch knows, got {array.dtype}; "
+                "for bfloat16 pass torch tensors"
+            ) from None
 
 
 def with_numpy(function: Callable, *args, **options):
     """function with NumPy arrays among args and options read in place, results as NumPy arrays."""
 
     def convert(value):
-        return _from_numpy(value) if isinstance(value, np.ndarray) else value
+        return _from_numpy(function.__name__, value) if isinstance(value, np.ndarray) else value
 
     with torch.no_grad():
         out = function(*map(convert, args), **{k: convert(v) for k, v in options.items()})

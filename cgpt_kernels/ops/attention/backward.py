@@ -70,7 +70,7 @@ def _by_aten(q, k, lse, attn_bias, alibi_slopes, causal, dropout_p) -> bool:
     """Whether ATen's flash backward knows the case; its causal mask is aligned top-left."""
     plain = attn_bias is None and alibi_slopes is None and dropout_p == 0.0
     aligned = not causal or q.shape[2] in (1, k.shape[2])
-    filled = q.numel() > 0 and k.numel() > 0
+    filled = q.numel() > 0 and k.shape[2] > 1  # of one key the weight is 1, to the last bit
     if not (plain and aligned and filled and q.is_cpu):
         return False
     if q.dtype == torch.float32:
