@@ -42,11 +42,13 @@ struct Checker {
     bool same = t.ndim == static_cast<int>(shape.size());
     for (int d = 0; same && d < t.ndim; ++d) same = t.shape[d] == shape.begin()[d];
     if (!same)
-      fail(where() + " must have shape " + shape_text(shape.begin(), static_cast<int>(shape.size())) +
-           ", got " + shape_text(t));
+      fail(where() + " must have shape " +
+           shape_text(shape.begin(), static_cast<int>(shape.size())) + ", got " + shape_text(t));
     if (t.device != device)
       fail(where() + " must be on " + (device == Device::cpu ? "cpu" : "cuda") + ", got " +
-           (t.device == Device::cpu ? "cpu" : t.device == Device::cuda ? "cuda" : "another device"));
+           (t.device == Device::cpu    ? "cpu"
+            : t.device == Device::cuda ? "cuda"
+                                       : "another device"));
   }
   void dense_rows(const char* name, const TensorView& t) const {
     if (t.ndim > 0 && t.shape[t.ndim - 1] > 1 && t.strides[t.ndim - 1] != 1)

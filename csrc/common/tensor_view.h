@@ -1,4 +1,5 @@
-// A borrowed tensor: pointer, dtype, shape, strides in elements, device. Owns nothing, copies freely.
+// A borrowed tensor: pointer, dtype, shape, strides in elements, device. Owns nothing, copies
+// freely.
 #pragma once
 
 #include <cstdint>

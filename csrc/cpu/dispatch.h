@@ -9,9 +9,9 @@
 
 #ifdef CGPT_TIER
   // Inside a tier only its own entry point is visible.
-  #define CGPT_CPU_ENTRY(fn, Args)      \
-    namespace CGPT_TIER {               \
-    void fn(const Args&);               \
+  #define CGPT_CPU_ENTRY(fn, Args) \
+    namespace CGPT_TIER {          \
+    void fn(const Args&);          \
     }
 #else
   #include "isa.h"
@@ -20,23 +20,23 @@
     void fn(const Args&);                    \
     }
   #if defined(__x86_64__)
-    #define CGPT_CPU_ENTRY(fn, Args)                      \
-      CGPT_DECLARE_TIER_(scalar, fn, Args)                \
-      CGPT_DECLARE_TIER_(avx2, fn, Args)                  \
-      CGPT_DECLARE_TIER_(avx512, fn, Args)                \
-      CGPT_DECLARE_TIER_(avx512_bf16, fn, Args)           \
-      CGPT_DECLARE_TIER_(amx, fn, Args)                   \
-      CGPT_DECLARE_TIER_(amx_emulated, fn, Args)          \
-      inline void fn##_cpu(const Args& args) {            \
-        switch (active_isa()) {                           \
-          case Isa::scalar: return scalar::fn(args);      \
-          case Isa::avx2: return avx2::fn(args);          \
-          case Isa::avx512: return avx512::fn(args);      \
-          case Isa::avx512_bf16: return avx512_bf16::fn(args); \
-          case Isa::amx: return amx::fn(args);            \
+    #define CGPT_CPU_ENTRY(fn, Args)                             \
+      CGPT_DECLARE_TIER_(scalar, fn, Args)                       \
+      CGPT_DECLARE_TIER_(avx2, fn, Args)                         \
+      CGPT_DECLARE_TIER_(avx512, fn, Args)                       \
+      CGPT_DECLARE_TIER_(avx512_bf16, fn, Args)                  \
+      CGPT_DECLARE_TIER_(amx, fn, Args)                          \
+      CGPT_DECLARE_TIER_(amx_emulated, fn, Args)                 \
+      inline void fn##_cpu(const Args& args) {                   \
+        switch (active_isa()) {                                  \
+          case Isa::scalar: return scalar::fn(args);             \
+          case Isa::avx2: return avx2::fn(args);                 \
+          case Isa::avx512: return avx512::fn(args);             \
+          case Isa::avx512_bf16: return avx512_bf16::fn(args);   \
+          case Isa::amx: return amx::fn(args);                   \
           case Isa::amx_emulated: return amx_emulated::fn(args); \
-          case Isa::count: break;                         \
-        }                                                 \
+          case Isa::count: break;                                \
+        }                                                        \
       }
   #else
     #define CGPT_CPU_ENTRY(fn, Args)       \

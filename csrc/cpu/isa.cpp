@@ -55,7 +55,8 @@ Support detect() {
   unsigned b7 = 0, c7 = 0, d7 = 0;
   if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return s;
   const bool avx2 = b7 & (1u << 5);
-  const bool avx512 = (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31));
+  const bool avx512 =
+      (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31));
   const bool vnni = c7 & (1u << 11);
   const bool amx_bf16 = d7 & (1u << 22), amx_tile = d7 & (1u << 24), amx_int8 = d7 & (1u << 25);
   unsigned a71 = 0;
@@ -67,8 +68,8 @@ Support detect() {
   at(Isa::avx512) = at(Isa::avx2) && zmm && avx512;
   at(Isa::avx512_bf16) = at(Isa::avx512) && vnni && bf16;
   at(Isa::amx_emulated) = at(Isa::avx512_bf16);
-  at(Isa::amx) = at(Isa::avx512_bf16) && tiles && amx_tile && amx_bf16 && amx_int8 &&
-                 request_amx_permission();
+  at(Isa::amx) =
+      at(Isa::avx512_bf16) && tiles && amx_tile && amx_bf16 && amx_int8 && request_amx_permission();
   return s;
 }
 #else

@@ -1,10 +1,10 @@
 // Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
 // 2011, section 3.3): the random words of dropout, a function of (seed, element index) alone.
 //
-// Element e takes word e & 3 of the block whose counter is (e >> 2 low, e >> 2 high, 0, 0) under the
-// key (seed low, seed high). A vector holds one counter word of kLanes / 2 blocks in the low halves
-// of 64-bit lanes, where the 32 x 32 -> 64 bit multiplication wants them; the high halves may hold
-// anything until the end.
+// Element e takes word e & 3 of the block whose counter is (e >> 2 low, e >> 2 high, 0, 0) under
+// the key (seed low, seed high). A vector holds one counter word of kLanes / 2 blocks in the low
+// halves of 64-bit lanes, where the 32 x 32 -> 64 bit multiplication wants them; the high halves
+// may hold anything until the end.
 #pragma once
 
 #include "simd.h"
@@ -71,7 +71,8 @@ CGPT_INLINE void philox_words(uint64_t seed, uint64_t block, uint32_t* dst) {
 // Room that philox_range needs for `count` elements.
 CGPT_INLINE int64_t philox_room(int64_t count) { return count + 3 + kPhiloxWords; }
 
-// Random words of the elements first .. first + count - 1, somewhere in dst: at the returned pointer.
+// Random words of the elements first .. first + count - 1, somewhere in dst: at the returned
+// pointer.
 CGPT_INLINE const uint32_t* philox_range(uint64_t seed, uint64_t first, int64_t count,
                                          uint32_t* dst) {
   const uint64_t skip = first & 3;

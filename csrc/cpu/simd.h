@@ -187,8 +187,8 @@ CGPT_INLINE void store(bf16* p, VecF v) {
 #if CGPT_TIER_LEVEL >= 1
   const VecI u = bit_cast<VecI>(v);
   const VecI rounded = u + set1i(0x7fff) + ((u >> 16) & set1i(1));
-  const VecI bits = bit_cast<VecI>(select(v != v, bit_cast<VecF>(u | set1i(0x400000)),
-                                          bit_cast<VecF>(rounded)));
+  const VecI bits =
+      bit_cast<VecI>(select(v != v, bit_cast<VecF>(u | set1i(0x400000)), bit_cast<VecF>(rounded)));
 #endif
 #if CGPT_TIER_LEVEL >= 2
   const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bit_cast<__m512i>(bits), 16));

@@ -5,9 +5,9 @@
 
 namespace cgpt::CGPT_TIER {
 
-// e^x. Range reduction x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 Taylor-like polynomial, then 2^n in
-// the exponent. Below -87.3 the result is exactly 0 (so that masked logits vanish), above 88.7 it is
-// infinity; NaN stays NaN.
+// e^x. Range reduction x = n ln 2 + r, |r| <= ln 2 / 2, degree-6 Taylor-like polynomial, then 2^n
+// in the exponent. Below -87.3 the result is exactly 0 (so that masked logits vanish), above 88.7
+// it is infinity; NaN stays NaN.
 CGPT_INLINE VecF exp(VecF x) {
   const VecF kLog2e = set1(1.44269504088896341f);
   const VecF clamped = min(set1(88.8f), max(set1(-87.4f), x));
@@ -27,8 +27,8 @@ CGPT_INLINE VecF exp(VecF x) {
   // 2^n in two halves: n reaches 128, which one exponent cannot hold.
   const VecI exponent = bit_cast<VecI>(shifted) - set1i(0x4b400000);
   const VecI half = exponent >> 1, rest = exponent - half;
-  const VecF scaled = p * bit_cast<VecF>((half + set1i(127)) << 23) *
-                      bit_cast<VecF>((rest + set1i(127)) << 23);
+  const VecF scaled =
+      p * bit_cast<VecF>((half + set1i(127)) << 23) * bit_cast<VecF>((rest + set1i(127)) << 23);
   return select(x < set1(-87.3f), zero(), scaled);
 }
 

@@ -9,8 +9,8 @@ namespace {
 void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor key_padding_mask, Tensor attn_bias,
                    Tensor alibi_slopes, Tensor out, Tensor lse, float scale, bool causal,
                    double dropout_p, uint64_t seed) {
-  const AttentionArgs args{q,   k,     v,      key_padding_mask, attn_bias, alibi_slopes, out,
-                           lse, scale, causal, dropout_p,        seed};
+  const AttentionArgs args{q,   k,   v,     key_padding_mask, attn_bias, alibi_slopes,
+                           out, lse, scale, causal,           dropout_p, seed};
   attention_check(args);
   py::gil_scoped_release release;
   attention_fwd_cpu(args);

@@ -44,8 +44,8 @@ inline TensorView view_of(const DLTensor& t) {
   return v;
 }
 
-// The exchange table of a type, or nullptr. Types are few: torch.Tensor, Parameter and a subclass or
-// two share a handful of slots, filled in turn; the attribute lookup they save costs 0.1 us.
+// The exchange table of a type, or nullptr. Types are few: torch.Tensor, Parameter and a subclass
+// or two share a handful of slots, filled in turn; the attribute lookup they save costs 0.1 us.
 inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   struct Slot {
     PyTypeObject* type = nullptr;
@@ -60,13 +60,13 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
       PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   const DLPackExchangeAPI* api = nullptr;
   if (capsule) {
-    api = static_cast<const DLPackExchangeAPI*>(
-        PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    api =
+        static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     Py_DECREF(capsule);
   }
   PyErr_Clear();
-  if (api && (api->header.version.major != DLPACK_MAJOR_VERSION ||
-              !api->dltensor_from_py_object_no_sync))
+  if (api &&
+      (api->header.version.major != DLPACK_MAJOR_VERSION || !api->dltensor_from_py_object_no_sync))
     api = nullptr;
   // Held for good: a type freed and another allocated at its address would inherit the answer.
   Py_INCREF(type);
@@ -91,8 +91,7 @@ inline void borrow_from_protocol(py::handle source, BorrowedTensor& out) {
               : nullptr)) {
     static_cast<TensorView&>(out) = view_of(m->dl_tensor);
   } else {
-    auto* managed =
-        static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (!managed) throw py::error_already_set();
     static_cast<TensorView&>(out) = view_of(managed->dl_tensor);
   }
@@ -114,8 +113,8 @@ struct type_caster<cgpt::python::BorrowedTensor> {
       DLTensor t;
       if (api->dltensor_from_py_object_no_sync(source.ptr(), &t) != 0) throw error_already_set();
       static_cast<cgpt::TensorView&>(value) = cgpt::python::view_of(t);
-      if (value.device == cgpt::Device::cuda && api->current_work_stream(
-              t.device.device_type, t.device.device_id, &value.stream) != 0)
+      if (value.device == cgpt::Device::cuda &&
+          api->current_work_stream(t.device.device_type, t.device.device_id, &value.stream) != 0)
         throw error_already_set();
       return true;
     }

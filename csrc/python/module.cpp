@@ -1,7 +1,7 @@
 // The extension module cgpt_kernels._C: no torch header, no torch library. See dlpack.h.
 //
-// The binding lists, one header per op, meet in this one translation unit: reading pybind11's headers
-// is most of their compile time.
+// The binding lists, one header per op, meet in this one translation unit: reading pybind11's
+// headers is most of their compile time.
 #include "../cpu/isa.h"
 #include "bind_attention.h"
 #include "bind_cross_entropy.h"
@@ -12,17 +12,19 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of cgpt_kernels, called through cgpt_kernels.ops.";
-  m.def("cpu_isa", [] { return cgpt::isa_name(cgpt::active_isa()); },
-        "Name of the instruction-set tier in use.");
-  m.def("cpu_isas",
-        [] {
-          py::list names;
-          for (int i = 0; i < static_cast<int>(cgpt::Isa::count); ++i)
-            if (cgpt::isa_supported(static_cast<cgpt::Isa>(i)))
-              names.append(cgpt::isa_name(static_cast<cgpt::Isa>(i)));
-          return names;
-        },
-        "Names of the tiers that this processor can run.");
+  m.def(
+      "cpu_isa", [] { return cgpt::isa_name(cgpt::active_isa()); },
+      "Name of the instruction-set tier in use.");
+  m.def(
+      "cpu_isas",
+      [] {
+        py::list names;
+        for (int i = 0; i < static_cast<int>(cgpt::Isa::count); ++i)
+          if (cgpt::isa_supported(static_cast<cgpt::Isa>(i)))
+            names.append(cgpt::isa_name(static_cast<cgpt::Isa>(i)));
+        return names;
+      },
+      "Names of the tiers that this processor can run.");
   m.def("set_cpu_isa", &cgpt::set_isa, py::arg("name"),
         "Force a tier by name for the process; 'auto' returns to the best one.");
   m.def("cuda_built", [] {

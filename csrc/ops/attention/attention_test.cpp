@@ -24,10 +24,9 @@ uint32_t random_word(uint64_t seed, uint64_t e) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0,
-                              static_cast<uint32_t>(p1),
-                              static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1,
-                              static_cast<uint32_t>(p0)};
+    const uint32_t next[4] = {
+        static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(p1),
+        static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(p0)};
     std::memcpy(c, next, sizeof(c));
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
@@ -204,8 +203,8 @@ int main() {
         {1, 2, 50, 50, 24, true, true, true, true},  // everything but dropout
         {1, 2, 50, 61, 24, true, false, false, false, 0.3},
         {2, 2, 2, 61, 24, false, true, false, true, 0.5},
-        {0, 2, 5, 5, 4},                             // an empty batch
-        {1, 2, 5, 0, 4},                             // no keys at all
+        {0, 2, 5, 5, 4},  // an empty batch
+        {1, 2, 5, 0, 4},  // no keys at all
     };
     for (const Case& c : cases) matches_the_formula<float>(c), matches_the_formula<bf16>(c);
     for (int64_t S : {3, 61, 300})

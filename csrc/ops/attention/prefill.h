@@ -6,8 +6,8 @@
 //   strip  kStripM rows: S = Q K^T in L1, P over S in place, O = O 2^(m_old - m) + P V
 //
 // A strip meets only the keys its last row may see, rounded up to a panel: near the diagonal the
-// extra work is half a strip. Nothing depends on which item or strip a row is in, so outputs have the
-// same bits whatever the batch, the number of threads and the rows beside it are.
+// extra work is half a strip. Nothing depends on which item or strip a row is in, so outputs have
+// the same bits whatever the batch, the number of threads and the rows beside it are.
 //
 // FLOPs: 4 D per visible (query, key). Traffic: K and V once per item of up to kItemRows rows.
 #pragma once
@@ -21,11 +21,12 @@ namespace cgpt::CGPT_TIER {
 // Whole register tiles of rows: 32 for AMX's tiles, two of kMR otherwise; S of a strip is at most
 // 32 KB.
 constexpr int64_t kStripM = kHasAmx ? 32 : 2 * kMR;
-// Near the diagonal strips are one tile high, which wastes less on keys that only their last row sees.
+// Near the diagonal strips are one tile high, which wastes less on keys that only their last row
+// sees.
 constexpr int64_t kUnitM = kHasAmx ? 32 : kMR;
 constexpr int64_t kBlockN = 256;
-// Packing a key block costs a few operations per element, multiplying 2 * rows: 512 rows make it 1 %.
-// O of so many rows (128 KB for D = 64) stays in L2.
+// Packing a key block costs a few operations per element, multiplying 2 * rows: 512 rows make it 1
+// %. O of so many rows (128 KB for D = 64) stays in L2.
 constexpr int64_t kItemRows = 512;
 
 template <class T>
@@ -33,17 +34,17 @@ struct Prefill {
   using C = compute_t<T>;
 
   int64_t D, Dp, ldo;
-  C* q;           // [rows, Dp]
-  C* k;           // packed, K = D, N = kBlockN
-  C* v;           // packed, K = kBlockN, N = D
-  float* s;       // [kStripM, kBlockN] logits; the probabilities take their place
-  float* o;       // [rows, ldo] sums of P V
-  float* m;       // [rows] largest logit so far
-  float* l;       // [rows, kLanes] lane sums of P
-  float* add;     // [kBlockN] bias and mask of a row
-  uint8_t* begun; // [units] whether o, m, l of kUnitM rows hold anything
-  T* v_finite;    // [kBlockN, D] V with zeros for infinities and NaN
-  uint8_t* v_bad; // [kBlockN] keys where V has such
+  C* q;            // [rows, Dp]
+  C* k;            // packed, K = D, N = kBlockN
+  C* v;            // packed, K = kBlockN, N = D
+  float* s;        // [kStripM, kBlockN] logits; the probabilities take their place
+  float* o;        // [rows, ldo] sums of P V
+  float* m;        // [rows] largest logit so far
+  float* l;        // [rows, kLanes] lane sums of P
+  float* add;      // [kBlockN] bias and mask of a row
+  uint8_t* begun;  // [units] whether o, m, l of kUnitM rows hold anything
+  T* v_finite;     // [kBlockN, D] V with zeros for infinities and NaN
+  uint8_t* v_bad;  // [kBlockN] keys where V has such
   uint32_t* random;
 
   // Takes its arrays from memory for items of `rows` rows; with a null base only counts bytes.
@@ -92,8 +93,8 @@ struct Prefill {
     return true;
   }
 
-  // s = rows of q times the packed keys. One fp32 sum over a long D loses digits that eager's blocked
-  // multiplication keeps: parts of kSumD are added up.
+  // s = rows of q times the packed keys. One fp32 sum over a long D loses digits that eager's
+  // blocked multiplication keeps: parts of kSumD are added up.
   void logits(const C* q_rows, int64_t count, int64_t keys) {
     constexpr int64_t kSumD = 128;
     if (sizeof(C) == 2 || D <= kSumD) {
@@ -102,8 +103,8 @@ struct Prefill {
     }
     for (int64_t j = 0; j < keys; j += kNR)
       for (int64_t d = 0; d < D; d += kSumD)
-        block_gemm<C>(count, min64(kNR, keys - j), min64(kSumD, D - d), q_rows + d, Dp, k + j * Dp + d * kNR, s + j,
-                      kBlockN, d > 0);
+        block_gemm<C>(count, min64(kNR, keys - j), min64(kSumD, D - d), q_rows + d, Dp,
+                      k + j * Dp + d * kNR, s + j, kBlockN, d > 0);
   }
 
   // Adds to o what clean_v left out, for the queries that see it.
@@ -121,8 +122,8 @@ struct Prefill {
     }
   }
 
-  // S to P for `rows` rows from query i0 on, against keys j0 .. j0 + n - 1; o, m and l brought to the
-  // new maximum. p has `room` columns to fill.
+  // S to P for `rows` rows from query i0 on, against keys j0 .. j0 + n - 1; o, m and l brought to
+  // the new maximum. p has `room` columns to fill.
   template <bool rewritten>
   void strip_softmax(const LogitRule& rule, bool masked, bool shared_add, int64_t i0, int64_t rows,
                      int64_t j0, int64_t n, int64_t room, bool first, float* o_rows, float* m_rows,
@@ -166,7 +167,8 @@ struct Prefill {
       float* row = s + i * kBlockN;
       const int64_t end = max64(0, rule.key_end(i0 + i, j0 + n) - j0);
       const float top = m_rows[i] == -kInfinity ? 0.0f : m_rows[i];
-      VecF sum = row_exp<kExpDegree<T>, rewritten>(row, end, room, top, c, reinterpret_cast<C*>(row));
+      VecF sum =
+          row_exp<kExpDegree<T>, rewritten>(row, end, room, top, c, reinterpret_cast<C*>(row));
       if (!first) sum += load(l_rows + i * kLanes);
       store(l_rows + i * kLanes, sum);
     }
@@ -252,8 +254,7 @@ struct Prefill {
         // A panel at a time: V is packed for all keys of the block, of which n are multiplied.
         for (int64_t d = 0; d < D; d += kNR)
           block_gemm<C>(strip, min64(kNR, D - d), n, p, ldp, v + d * kp, o_rows + d, ldo, !first);
-        if (bad)
-          add_bad_v(rule, first_row, strip, j0, n, v_block, v_stride, p, ldp, o_rows);
+        if (bad) add_bad_v(rule, first_row, strip, j0, n, v_block, v_stride, p, ldp, o_rows);
       }
     }
     write(a, dropout, rule, b, h, i0, rows);

@@ -1,8 +1,8 @@
 // Logits to probabilities, a row of one key block at a time: masks, biases, exponentials, dropout.
 //
-// Exponentials are taken in base 2: exp(x - m) = 2^((x - m) log2(e)), with the conversion folded into
-// the multiplication by the scale. Masked logits are -inf and give probabilities of exactly 0, so a
-// row's bits do not depend on how many masked keys it is computed with.
+// Exponentials are taken in base 2: exp(x - m) = 2^((x - m) log2(e)), with the conversion folded
+// into the multiplication by the scale. Masked logits are -inf and give probabilities of exactly 0,
+// so a row's bits do not depend on how many masked keys it is computed with.
 #pragma once
 
 #include "../../cpu/philox.h"
@@ -26,9 +26,9 @@ CGPT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // cycles for both, and integer arithmetic is the faster way.
 constexpr bool kScalef = CGPT_TIER_LEVEL == 2 || CGPT_TIER_LEVEL == 4;
 
-// 2^r = 1 + c1 r + c2 r^2 + ..., minimax in relative error on [0, 1] (for kScalef) or [-1/2, 1/2]. The
-// error is 2e-9 for degree 6 (the rounding of fp32 arithmetic, 1e-7, remains), and 2.9e-6 for degree
-// 4, a hundredth of the rounding of a 16-bit result.
+// 2^r = 1 + c1 r + c2 r^2 + ..., minimax in relative error on [0, 1] (for kScalef) or [-1/2, 1/2].
+// The error is 2e-9 for degree 6 (the rounding of fp32 arithmetic, 1e-7, remains), and 2.9e-6 for
+// degree 4, a hundredth of the rounding of a 16-bit result.
 constexpr float kExp2Degree4[2][4] = {
     {0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582852944731712f},
     {0.6930448412895203f, 0.2412802129983902f, 0.052242472767829895f, 0.013426685705780983f}};
@@ -167,8 +167,8 @@ struct LogitRule {
   // masked key costs one select. One answer for the whole call, so that a row is rounded alike with
   // and without padding behind it.
   CGPT_INLINE bool rewrites() const { return bias || slope != 0.0f || !(scale > 0.0f); }
-  // A row's running maximum is kept in natural units if logits are rewritten, else as a power of two,
-  // rounded once: probabilities and rescaling factors then refer to the same number.
+  // A row's running maximum is kept in natural units if logits are rewritten, else as a power of
+  // two, rounded once: probabilities and rescaling factors then refer to the same number.
   template <class V>
   CGPT_INLINE V kept(V largest) const {
     return rewrites() ? largest : largest * (scale * kLog2e);
@@ -190,7 +190,9 @@ inline LogitRule logit_rule(const AttentionArgs& a, int64_t b, int64_t h) {
   if (a.attn_bias) {
     const int64_t* strides = a.attn_bias.strides;
     rule.bias_dtype = a.attn_bias.dtype;
-    const int64_t size = rule.bias_dtype == DType::f32 ? 4 : rule.bias_dtype == DType::boolean ? 1 : 2;
+    const int64_t size = rule.bias_dtype == DType::f32       ? 4
+                         : rule.bias_dtype == DType::boolean ? 1
+                                                             : 2;
     rule.bias = a.attn_bias.as<const char>() + (b * strides[0] + h * strides[1]) * size;
     rule.bias_row = strides[2];
     rule.bias_key = strides[3];
@@ -202,8 +204,8 @@ inline LogitRule logit_rule(const AttentionArgs& a, int64_t b, int64_t h) {
   return rule;
 }
 
-// add[n] = bias of query i at keys j0 .. j0 + n - 1, -inf where masked by bias or padding; zero where
-// there is neither.
+// add[n] = bias of query i at keys j0 .. j0 + n - 1, -inf where masked by bias or padding; zero
+// where there is neither.
 inline void row_addends(const LogitRule& rule, int64_t i, int64_t j0, int64_t n, float* add) {
   if (!rule.bias) {
     for (int64_t j = 0; j < n; ++j) add[j] = 0.0f;
@@ -230,8 +232,8 @@ inline void mask_logits(int64_t n, const float* add, float* s) {
 }
 
 // s[n] = s * scale + add - slope * |i + shift - j|, -inf where add is -inf, whatever s is there.
-inline void rewrite_logits(const LogitRule& rule, int64_t i, int64_t j0, int64_t n, const float* add,
-                          float* s) {
+inline void rewrite_logits(const LogitRule& rule, int64_t i, int64_t j0, int64_t n,
+                           const float* add, float* s) {
   VecF lane;
   for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<float>(l);
   const VecF scale = set1(rule.scale), slope = set1(rule.slope), masked = set1(-kInfinity);
@@ -258,10 +260,10 @@ CGPT_INLINE VecF row_max(const float* s, int64_t n) {
   return max(a, b);
 }
 
-// p[j] = exp(logit j - maximum) for j < n, 0 up to `room`; the sums of the lanes. m is the maximum as
-// kept by the rule, c the scale in base 2. `rewritten` logits are subtracted before they are
-// multiplied: biases may be near the largest float, and their product with log2(e) infinite. p may be
-// s's own memory: what is written lies behind what is read.
+// p[j] = exp(logit j - maximum) for j < n, 0 up to `room`; the sums of the lanes. m is the maximum
+// as kept by the rule, c the scale in base 2. `rewritten` logits are subtracted before they are
+// multiplied: biases may be near the largest float, and their product with log2(e) infinite. p may
+// be s's own memory: what is written lies behind what is read.
 template <int degree, bool rewritten, class C>
 CGPT_INLINE VecF row_exp(const float* s, int64_t n, int64_t room, float m, float c, C* p) {
   const VecF mv = set1(m), cv = set1(rewritten ? kLog2e : c);
@@ -313,12 +315,12 @@ inline void row_dropout(const Dropout& d, uint64_t first, int64_t n, uint32_t* r
     if (r[j] < d.threshold) p[j] = C{};
 }
 
-// Up to kLanes rows of (b, h) from their sums: out = o / l, lse = m + log(l). A row with l = 0 has seen
-// no key, and its o may be anything.
+// Up to kLanes rows of (b, h) from their sums: out = o / l, lse = m + log(l). A row with l = 0 has
+// seen no key, and its o may be anything.
 template <class T>
-inline void write_rows(const AttentionArgs& a, const LogitRule& rule, int64_t b, int64_t h, int64_t i0,
-                       int64_t rows, const float* o, int64_t ldo, const float* m, VecF l,
-                       float rescale) {
+inline void write_rows(const AttentionArgs& a, const LogitRule& rule, int64_t b, int64_t h,
+                       int64_t i0, int64_t rows, const float* o, int64_t ldo, const float* m,
+                       VecF l, float rescale) {
   const int64_t D = a.out.shape[3], whole = D / kLanes * kLanes;
   float factor[kLanes], sum[kLanes];
   store(sum, l);

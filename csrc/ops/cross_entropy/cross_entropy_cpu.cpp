@@ -284,10 +284,8 @@ struct Kernel {
     const int64_t v_end = (c + 1) * chunk < V ? (c + 1) * chunk : V;
     for (int64_t v0 = c * chunk; v0 < v_end; v0 += kVocabBlock) {
       const int64_t rows = v_end - v0 < kVocabBlock ? v_end - v0 : kVocabBlock;
-      if (by_dots)
-        block_by_dots(v0, rows, p);
-      else
-        block_by_panels(v0, rows, begin, end, p);
+      if (by_dots) block_by_dots(v0, rows, p);
+      else block_by_panels(v0, rows, begin, end, p);
     }
   }
 
@@ -334,10 +332,8 @@ struct Kernel {
 
 template <class T>
 void linear_cross_entropy_bias(const LinearCrossEntropyArgs& a) {
-  if (a.bias && a.bias.dtype == DType::f32)
-    Kernel<T, float>{a}.run();
-  else
-    Kernel<T, T>{a}.run();
+  if (a.bias && a.bias.dtype == DType::f32) Kernel<T, float>{a}.run();
+  else Kernel<T, T>{a}.run();
 }
 
 }  // namespace

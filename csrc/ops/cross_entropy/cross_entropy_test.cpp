@@ -57,8 +57,7 @@ void matches_the_formula(int64_t M, int64_t K, int64_t V, float smoothing) {
     }
     const double lse = std::log(sum);
     test::close(p.lse[i], lse, tolerance);
-    if (p.target[i] == -100)
-      test::close(p.loss[i], 0, 0);
+    if (p.target[i] == -100) test::close(p.loss[i], 0, 0);
     else
       test::close(p.loss[i],
                   (1 - smoothing) * (lse - z[p.target[i]]) + smoothing * (lse - total / V),

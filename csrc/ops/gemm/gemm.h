@@ -43,10 +43,8 @@ inline void gemm_check(const GemmArgs& a, Device device = Device::cpu) {
   c.floating("x", a.x);
   c.tensor("y", a.y, {M, N});
   c.dtype("y", a.y, {a.x.dtype});
-  if (a.weight_kn)
-    c.tensor("weight", a.weight, {K, N});
-  else
-    c.tensor("weight", a.weight, {N, K});
+  if (a.weight_kn) c.tensor("weight", a.weight, {K, N});
+  else c.tensor("weight", a.weight, {N, K});
   c.dtype("weight", a.weight, {a.x.dtype});
   if (a.bias) {
     c.tensor("bias", a.bias, {N});
@@ -56,8 +54,11 @@ inline void gemm_check(const GemmArgs& a, Device device = Device::cpu) {
     c.tensor("residual", a.residual, {M, N});
     c.dtype("residual", a.residual, {a.x.dtype});
   }
-  for (const auto& [name, t] : {std::pair{"x", &a.x}, {"weight", &a.weight}, {"bias", &a.bias},
-                                {"residual", &a.residual}, {"y", &a.y}})
+  for (const auto& [name, t] : {std::pair{"x", &a.x},
+                                {"weight", &a.weight},
+                                {"bias", &a.bias},
+                                {"residual", &a.residual},
+                                {"y", &a.y}})
     c.dense_rows(name, *t);
 }
 

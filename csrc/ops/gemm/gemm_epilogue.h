@@ -74,14 +74,11 @@ template <class T>
 inline void finish(const GemmProblem<T>& p, int64_t i0, int64_t rows, int64_t n0, int64_t columns,
                    const float* c, int64_t ldc) {
   switch (p.activation) {
-    case Activation::none:
-      return finish_block<Activation::none>(p, i0, rows, n0, columns, c, ldc);
-    case Activation::gelu:
-      return finish_block<Activation::gelu>(p, i0, rows, n0, columns, c, ldc);
+    case Activation::none: return finish_block<Activation::none>(p, i0, rows, n0, columns, c, ldc);
+    case Activation::gelu: return finish_block<Activation::gelu>(p, i0, rows, n0, columns, c, ldc);
     case Activation::gelu_tanh:
       return finish_block<Activation::gelu_tanh>(p, i0, rows, n0, columns, c, ldc);
-    case Activation::relu:
-      return finish_block<Activation::relu>(p, i0, rows, n0, columns, c, ldc);
+    case Activation::relu: return finish_block<Activation::relu>(p, i0, rows, n0, columns, c, ldc);
   }
 }
 

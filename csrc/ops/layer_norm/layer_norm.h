@@ -53,8 +53,13 @@ inline void layer_norm_check(const LayerNormArgs& a, Device device = Device::cpu
       c.tensor(stat == &a.mean ? "mean" : "rstd", *stat, {rows});
       c.dtype(stat == &a.mean ? "mean" : "rstd", *stat, {DType::f32});
     }
-  for (const auto& [name, t] : {std::pair{"x", &a.x}, {"residual", &a.residual}, {"weight", &a.weight},
-                                {"bias", &a.bias}, {"y", &a.y}, {"sum", &a.sum}, {"mean", &a.mean},
+  for (const auto& [name, t] : {std::pair{"x", &a.x},
+                                {"residual", &a.residual},
+                                {"weight", &a.weight},
+                                {"bias", &a.bias},
+                                {"y", &a.y},
+                                {"sum", &a.sum},
+                                {"mean", &a.mean},
                                 {"rstd", &a.rstd}})
     c.dense_rows(name, *t);
 }

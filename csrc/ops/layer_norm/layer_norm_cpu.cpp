@@ -80,10 +80,8 @@ void layer_norm_fwd_kernel(const LayerNormArgs& a) {
 
 template <class T>
 void layer_norm_fwd_weight(const LayerNormArgs& a) {
-  if (a.weight.dtype == DType::f32)
-    layer_norm_fwd_kernel<T, float>(a);
-  else
-    layer_norm_fwd_kernel<T, T>(a);
+  if (a.weight.dtype == DType::f32) layer_norm_fwd_kernel<T, float>(a);
+  else layer_norm_fwd_kernel<T, T>(a);
 }
 
 }  // namespace

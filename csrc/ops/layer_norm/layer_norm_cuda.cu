@@ -96,8 +96,7 @@ void launch(const LayerNormArgs& args) {
   const auto bytes = static_cast<size_t>(C) * sizeof(float);
   if (C * static_cast<int64_t>(sizeof(float)) + 1024 <= kSharedBytes)
     layer_norm_fwd_kernel<T, W, true><<<blocks, kThreads, bytes, stream>>>(a);
-  else
-    layer_norm_fwd_kernel<T, W, false><<<blocks, kThreads, 0, stream>>>(a);
+  else layer_norm_fwd_kernel<T, W, false><<<blocks, kThreads, 0, stream>>>(a);
   cuda::require(cudaGetLastError(), "layer_norm");
 }
 

@@ -14,9 +14,15 @@ using namespace cgpt;
 void matches_the_formula(int64_t rows, int64_t C) {
   std::vector<float> x(rows * C), weight(C), bias(C), y(rows * C, NAN), mean(rows), rstd(rows);
   test::fill(x, 1), test::fill(weight, 2), test::fill(bias, 3);
-  layer_norm_fwd_cpu({test::view(x, {rows, C}), {}, test::view(weight, {C}), test::view(bias, {C}),
-                      test::view(y, {rows, C}), {}, test::view(mean, {rows}),
-                      test::view(rstd, {rows}), 1e-5f});
+  layer_norm_fwd_cpu({test::view(x, {rows, C}),
+                      {},
+                      test::view(weight, {C}),
+                      test::view(bias, {C}),
+                      test::view(y, {rows, C}),
+                      {},
+                      test::view(mean, {rows}),
+                      test::view(rstd, {rows}),
+                      1e-5f});
   for (int64_t i = 0; i < rows; ++i) {
     double m = 0, v = 0;
     for (int64_t c = 0; c < C; ++c) m += x[i * C + c];
@@ -33,8 +39,15 @@ void matches_the_formula(int64_t rows, int64_t C) {
 void wrong_shapes_are_named() {
   std::vector<float> x(8), weight(3), y(8);
   test::throws("layer_norm: weight must have shape (4,), got (3,)", [&] {
-    layer_norm_check({test::view(x, {2, 4}), {}, test::view(weight, {3}), {}, test::view(y, {2, 4}),
-                      {}, {}, {}, 1e-5f});
+    layer_norm_check({test::view(x, {2, 4}),
+                      {},
+                      test::view(weight, {3}),
+                      {},
+                      test::view(y, {2, 4}),
+                      {},
+                      {},
+                      {},
+                      1e-5f});
   });
 }
 
