@@ -27,6 +27,7 @@ from . import checks
 # One sample lasts at least this long, 100 times the resolution of the clock and of a timer tick's
 # disturbance; short enough for some samples to fall between two time slices of another process.
 SAMPLE_SECONDS = 0.002
+PEAK_SECONDS = 1.5  # time to look for a quiet moment in which a peak shows
 BUSY = 0.25  # other processes' share of the cores beyond which a run is called disturbed
 
 
@@ -96,7 +97,7 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
     for size in (512, 1024, 1536):
         x, w = torch.randn(2, size, size).to(dtype)
         calls[size] = functools.partial(torch.mm, x, w)
-    taken = interleave(calls, seconds=1.5)
+    taken = interleave(calls, seconds=PEAK_SECONDS)
     return max(2 * size**3 / timing.minimum for size, timing in taken.items())
 
 
@@ -105,7 +106,7 @@ def _bandwidths(threads: int) -> dict[int, float]:
     # The slope between a size and its double: the cost of a call, which would hide small sizes,
     # cancels. All sizes in one run, since a disturbed minimum spoils a slope.
     sizes = [1 << p for p in range(18, 30)]
-    taken = interleave({n: torch.ones(n // 4).sum for n in sizes}, seconds=3.0)
+    taken = interleave({n: torch.ones(n // 4).sum for n in sizes}, seconds=2 * PEAK_SECONDS)
     slopes = {n: taken[2 * n].minimum - taken[n].minimum for n in sizes[:-1]}
     return {n: n / slope for n, slope in slopes.items() if slope > 0}
 

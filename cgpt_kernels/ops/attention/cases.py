@@ -141,6 +141,7 @@ CASES = [
           32),
     _case("more_queries", "S_q > S_k: the first rows see nothing and give 0", 2, 2, 13, 5, 16),
     _case("long_keys", "several key blocks: the running maximum is rescaled", 1, 1, 70, 300, 32),
+    _case("long", "dk and dv add up over many blocks of queries", 1, 1, 1030, 1030, 16),
     _case("left_padding", "left padding under causal: whole rows masked", 4, 2, 12, 12, 16,
           padding="left"),
     _case("right_padding", "right padding, bidirectional", 4, 2, 12, 12, 16, causal=False,
