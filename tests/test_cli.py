@@ -14,6 +14,8 @@ SMALL = ck.GPTConfig(vocab_size=256, n_positions=256, n_embd=32, n_layer=2, n_he
 
 
 def run(*args, stdin=None, **env):
+    # a runner of tests may set a narrow COLUMNS, at which tables wrap
+    env.setdefault("COLUMNS", "110")
     return CliRunner().invoke(cli.app, list(map(str, args)), input=stdin, env=env)
 
 
