@@ -35,4 +35,33 @@ struct TensorView {
   }
 };
 
+// [..., C] as [rows, C], in place; v itself where its strides or an absent tensor do not allow it.
+inline TensorView rows_of(const TensorView& v) {
+  if (v.ndim <= 2) return v;
+  TensorView r = v;
+  const int last = v.ndim - 1;
+  int64_t rows = 1, stride = v.strides[last - 1];
+  for (int d = last - 1; d >= 0; --d) {
+    if (v.shape[d] != 1 && rows > 1 && v.strides[d] != stride * rows) return v;
+    if (v.shape[d] != 1 && rows == 1) stride = v.strides[d];
+    rows *= v.shape[d];
+  }
+  r.ndim = 2;
+  r.shape[0] = rows, r.shape[1] = v.shape[last];
+  r.strides[0] = stride, r.strides[1] = v.strides[last];
+  return r;
+}
+
+// [...] as [n], in place; v itself where it is not dense.
+inline TensorView flat_of(const TensorView& v) {
+  if (v.ndim <= 1) return v;
+  TensorView r = v;
+  int64_t dense = 1;
+  for (int d = v.ndim - 1; d >= 0; dense *= v.shape[d], --d)
+    if (v.shape[d] != 1 && v.strides[d] != dense) return v;
+  r.ndim = 1;
+  r.shape[0] = dense, r.strides[0] = 1;
+  return r;
+}
+
 }  // namespace cgpt

@@ -157,10 +157,10 @@ def _forward(kernel, x, weight, target, bias, ignore_index, label_smoothing):
     loss = x.new_empty(target.numel(), dtype=torch.float32)
     lse = torch.empty_like(loss)
     kernel(
-        as_rows(x),
-        dense_last(weight),
+        x,
+        weight,
         bias,
-        dense_last(target.reshape(-1)),
+        target,
         loss,
         lse,
         ignore_index,
@@ -194,6 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _run(x, weight, target, bias, ignore_index, label_smoothing, backend):
     kernel, _ = backends.implementation("linear_cross_entropy", backend)
     bias = bias if bias is None else dense_last(bias)
+    x, weight, target = as_rows(x), dense_last(weight), dense_last(target.reshape(-1))
     return _forward(kernel, x, weight, target, bias, ignore_index, label_smoothing)
 
 

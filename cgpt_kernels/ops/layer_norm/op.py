@@ -172,21 +172,15 @@ def _autocast(device_type, x, residual):
 
 def _forward(kernel, x, residual, weight, bias, eps, statistics=False):
     """y, sum (None without residual), mean, rstd (None unless asked for)."""
-    rows = as_rows(x)
-    y_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total_rows = residual_rows = mean = rstd = None
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = mean = rstd = None
     if residual is not None:
-        total_rows = torch.empty_like(y_rows)
-        residual_rows = as_rows(residual)
+        total = torch.empty_like(y)
     if statistics:
-        mean = x.new_empty(rows.shape[0], dtype=torch.float32)
+        mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
         rstd = torch.empty_like(mean)
-    kernel(rows, residual_rows, weight, bias, y_rows, total_rows, mean, rstd, eps)
-    if x.ndim == 2:
-        return y_rows, total_rows, mean, rstd
-    shape = x.shape
-    total = None if total_rows is None else total_rows.view(shape)
-    return y_rows.view(shape), total, mean, rstd
+    kernel(x, residual, weight, bias, y, total, mean, rstd, eps)
+    return y, total, mean, rstd
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -248,10 +242,14 @@ def _backward(ctx, dy, dmean, drstd):
 
 def _run_add(x, residual, weight, bias, eps, backend):
     kernel, _ = backends.implementation("layer_norm", backend)
+    shape, x = x.shape, as_rows(x)
+    if residual is not None:
+        residual = as_rows(residual)
     weight, bias = dense_last(weight), bias if bias is None else dense_last(bias)
     if bias is not None and bias.dtype != weight.dtype:  # kernels take parameters of one dtype
         weight, bias = weight.float(), bias.float()
-    return _forward(kernel, x, residual, weight, bias, eps, statistics=True)
+    y, total, mean, rstd = _forward(kernel, x, residual, weight, bias, eps, statistics=True)
+    return y.view(shape), None if total is None else total.view(shape), mean, rstd
 
 
 def _fake_add(x, residual, weight, bias, eps, backend):
