@@ -12,13 +12,12 @@
 #if CGPT_TIER_LEVEL >= 4
 namespace cgpt::CGPT_TIER {
 
-#ifdef CGPT_AMX_EMULATED
+  #ifdef CGPT_AMX_EMULATED
 
 class AmxTiles {
  public:
   // Accumulators 0, 1 and A tile 4 have `rows0` rows; 2, 3 and 5 have `rows1`; B tiles have 16.
-  AmxTiles(int rows0, int rows1)
-      : rows_{rows0, rows0, rows1, rows1, rows0, rows1, 16, 16} {
+  AmxTiles(int rows0, int rows1) : rows_{rows0, rows0, rows1, rows1, rows0, rows1, 16, 16} {
     for (auto& tile : data_)
       for (auto& row : tile)
         for (uint32_t& word : row) word = 0;
@@ -64,7 +63,7 @@ class AmxTiles {
   uint32_t data_[8][16][16];
 };
 
-#else
+  #else
 
 class AmxTiles {
  public:
@@ -94,11 +93,17 @@ class AmxTiles {
   }
   template <int tile>
   CGPT_INLINE void load(const void* base, int64_t row_bytes) {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(base), "r"(row_bytes), "i"(tile) : "memory");
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
+                     :
+                     : "r"(base), "r"(row_bytes), "i"(tile)
+                     : "memory");
   }
   template <int tile>
   CGPT_INLINE void store(void* base, int64_t row_bytes) {
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(base), "r"(row_bytes), "i"(tile) : "memory");
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                     :
+                     : "r"(base), "r"(row_bytes), "i"(tile)
+                     : "memory");
   }
   // c += a b over 32 of k
   template <int c, int a, int b>
@@ -107,7 +112,7 @@ class AmxTiles {
   }
 };
 
-#endif
+  #endif
 
 }  // namespace cgpt::CGPT_TIER
 #endif

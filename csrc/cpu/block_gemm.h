@@ -40,7 +40,7 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
     for (int64_t k = 0; k < K; k += 2) {
       const __m512i b0 = _mm512_loadu_si512(panel + k * kNR);
       const __m512i b1 = _mm512_loadu_si512(panel + k * kNR + 2 * kLanes);
-#pragma GCC unroll 16
+  #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         int32_t pair;
         __builtin_memcpy(&pair, a + i * lda + k, 4);
@@ -100,7 +100,7 @@ inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, cons
     const bf16* panel = b + n0 * Kp;
     for (int64_t k = 0; k < Kp; k += 32, panel += 32 * kNR) {
       // The next step's B, 32 lines, on its way from L2 while this step multiplies.
-#pragma GCC unroll 32
+  #pragma GCC unroll 32
       for (int line = 0; line < 32; ++line) __builtin_prefetch(panel + 32 * (kNR + line));
       tiles.template load<6>(panel, b_bytes);
       tiles.template load<4>(a + k, a_bytes);
@@ -142,10 +142,8 @@ inline void amx_gemm(int64_t M, int64_t N, int64_t Kp, const bf16* a, int64_t ld
   if (rest == 0) return;
   a += whole * lda, c += whole * ldc;
   AmxTiles tiles(rest < 16 ? rest : 16, rest < 16 ? 0 : rest - 16);
-  if (rest > 16)
-    amx_gemm_rows<true>(tiles, rest, N, Kp, a, lda, b, c, ldc, accumulate);
-  else
-    amx_gemm_rows<false>(tiles, rest, N, Kp, a, lda, b, c, ldc, accumulate);
+  if (rest > 16) amx_gemm_rows<true>(tiles, rest, N, Kp, a, lda, b, c, ldc, accumulate);
+  else amx_gemm_rows<false>(tiles, rest, N, Kp, a, lda, b, c, ldc, accumulate);
 }
 #endif
 

@@ -33,7 +33,9 @@ constexpr int kNR = 2 * kLanes;
 
 // k is padded to a multiple of this in packed A and B: one dot product's pair, or one AMX tile row.
 template <class C>
-constexpr int kKStep = sizeof(C) == 4 ? 1 : kHasAmx ? 32 : 2;
+constexpr int kKStep = sizeof(C) == 4 ? 1
+                       : kHasAmx      ? 32
+                                      : 2;
 
 template <class C>
 CGPT_INLINE int64_t padded_k(int64_t K) {
@@ -167,9 +169,11 @@ inline void pack_b_transposed(const T* b, int64_t stride_n, int64_t K, int64_t N
         const int64_t rows = (Kp - k0) / step;
         if (rows >= kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) __builtin_memcpy(out + i * kNR * step, &square[i], sizeof(VecF));
+          for (int i = 0; i < kLanes; ++i)
+            __builtin_memcpy(out + i * kNR * step, &square[i], sizeof(VecF));
         } else {
-          for (int i = 0; i < rows; ++i) __builtin_memcpy(out + i * kNR * step, &square[i], sizeof(VecF));
+          for (int i = 0; i < rows; ++i)
+            __builtin_memcpy(out + i * kNR * step, &square[i], sizeof(VecF));
         }
       }
     }
@@ -197,8 +201,8 @@ inline void pack_b_rows(const T* b, int64_t stride_k, int64_t K, int64_t N, C* d
   } else {
 #if CGPT_TIER_LEVEL >= 3
     alignas(64) static constexpr uint16_t kPairs[2][32] = {
-        {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-         8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
         {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
          24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
     const __m512i low = _mm512_load_si512(kPairs[0]), high = _mm512_load_si512(kPairs[1]);
@@ -219,10 +223,8 @@ inline void pack_b_rows(const T* b, int64_t stride_k, int64_t K, int64_t N, C* d
 // Packs b(k, n) = b[k * stride_k + n * stride_n], one of the strides being 1.
 template <class C, class T>
 inline void pack_b(const T* b, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, C* dst) {
-  if (stride_n == 1)
-    pack_b_rows(b, stride_k, K, N, dst);
-  else
-    pack_b_transposed(b, stride_n, K, N, dst);
+  if (stride_n == 1) pack_b_rows(b, stride_k, K, N, dst);
+  else pack_b_transposed(b, stride_n, K, N, dst);
 }
 
 // Copies A[M, K] with row stride lda into dst[M, padded_k] with row stride ldd (0: padded_k),

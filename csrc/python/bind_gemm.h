@@ -8,7 +8,7 @@ namespace {
 
 void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
               const std::string& activation, bool weight_kn) {
-  const GemmArgs args{rows_of(x), weight,     bias,
+  const GemmArgs args{rows_of(x),        weight,     bias,
                       rows_of(residual), rows_of(y), activation_of(activation),
                       weight_kn};
   gemm_check(args);

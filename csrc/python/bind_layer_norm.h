@@ -9,8 +9,8 @@ namespace {
 template <Device device>
 void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor y, Tensor sum,
                     Tensor mean, Tensor rstd, float eps) {
-  const LayerNormArgs args{rows_of(x),   rows_of(residual), weight, bias, rows_of(y),
-                           rows_of(sum), mean,              rstd,   eps};
+  const LayerNormArgs args{
+      rows_of(x), rows_of(residual), weight, bias, rows_of(y), rows_of(sum), mean, rstd, eps};
   layer_norm_check(args, device);
   py::gil_scoped_release release;
 #ifdef CGPT_CUDA

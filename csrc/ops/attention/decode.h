@@ -1,8 +1,8 @@
 // Attention of a few queries over many keys: the decoding step of generation.
 //
 // Nothing is packed: K and V are read once, in order, where they lie: 2 S_k D sizeof(T) bytes per
-// (batch, head), which is the bound. Logits are dot products, kLanes keys at a time; the output is a
-// sum of rows of V in registers.
+// (batch, head), which is the bound. Logits are dot products, kLanes keys at a time; the output is
+// a sum of rows of V in registers.
 //
 // Keys are cut into chunks of kChunk, whose partial results (m, l, o) are merged in order. The cut
 // depends on S_k alone: outputs have the same bits on any number of threads and in any batch.
@@ -15,8 +15,8 @@
 namespace cgpt::CGPT_TIER {
 
 constexpr int64_t kChunk = 512;
-// Up to so many queries streaming the keys beats packing them: measured over 512 keys of 64, where the
-// two ways take the same time at 9 queries in fp32 and at 5 in bf16.
+// Up to so many queries streaming the keys beats packing them: measured over 512 keys of 64, where
+// the two ways take the same time at 9 queries in fp32 and at 5 in bf16.
 template <class T>
 constexpr int64_t kDecodeRows = sizeof(compute_t<T>) == 2 ? 4 : 8;
 
@@ -83,9 +83,9 @@ struct Decode {
   // Vectors of a query that dots_of keeps in registers.
   static constexpr int kMaxSteps = 8;
 
-  // s[i][j] = q[i] . keys[j] for n keys of `steps` vectors each (0: any number). A key is read from its
-  // first element to its last before the next one: column by column, sixteen keys at a time, half
-  // of the memory bandwidth is lost.
+  // s[i][j] = q[i] . keys[j] for n keys of `steps` vectors each (0: any number). A key is read from
+  // its first element to its last before the next one: column by column, sixteen keys at a time,
+  // half of the memory bandwidth is lost.
   template <int steps>
   void dots_of(const T* keys, int64_t stride, int64_t n) {
     for (int64_t j = 0; j < n; j += kLanes) {
@@ -146,17 +146,19 @@ struct Decode {
         int32_t pair;
         __builtin_memcpy(&pair, p + j, 4);
         const __m512bh weight = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
-#pragma GCC unroll 8
+  #pragma GCC unroll 8
         for (int w = 0; w < width; ++w) {
           const __m512i a = whole ? _mm512_loadu_si512(x + w * 32) : _mm512_maskz_loadu_epi16(m, x);
           const __m512i b = whole ? _mm512_loadu_si512(y + w * 32) : _mm512_maskz_loadu_epi16(m, y);
-          low[w] = _mm512_dpbf16_ps(low[w], weight, bit_cast<__m512bh>(_mm512_unpacklo_epi16(a, b)));
+          low[w] =
+              _mm512_dpbf16_ps(low[w], weight, bit_cast<__m512bh>(_mm512_unpacklo_epi16(a, b)));
           high[w] =
               _mm512_dpbf16_ps(high[w], weight, bit_cast<__m512bh>(_mm512_unpackhi_epi16(a, b)));
         }
       }
       // Quarter l of `low` has columns 8 l .. 8 l + 3, of `high` the four behind them.
-      const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+      const __m512i first =
+          _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
       const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
       for (int w = 0; w < width; ++w) {
         _mm512_storeu_ps(o + w * 32, _mm512_permutex2var_ps(low[w], first, high[w]));
@@ -205,9 +207,9 @@ struct Decode {
       C* p = reinterpret_cast<C*>(row);
       const float c = rule.scale * kLog2e;
       const int64_t room = min64(kChunk, round_up(n, kNR));
-      to.l[i] = reduce_add(
-          rule.rewrites() ? row_exp<kExpDegree<T>, true>(row, n, room, top, c, p)
-                          : row_exp<kExpDegree<T>, false>(row, n, room, top, c, p));
+      to.l[i] =
+          reduce_add(rule.rewrites() ? row_exp<kExpDegree<T>, true>(row, n, room, top, c, p)
+                                     : row_exp<kExpDegree<T>, false>(row, n, room, top, c, p));
       if (dropout.on)
         row_dropout(dropout, static_cast<uint64_t>(((b * H + h) * rows + i) * S_k + j0), n, random,
                     p);

@@ -61,8 +61,7 @@ void skinny(const GemmProblem<T>& p, int64_t n0, int64_t n1) {
     const int64_t columns = smaller(kBlock, n1 - n);
     if (p.weight_kn)
       strip_gemm<kStripRows>(p.M, columns, p.K, x, ldx, p.weight + n, p.ldw, c, kBlock);
-    else
-      dot_gemm(p.M, columns, p.K, x, ldx, p.weight + n * p.ldw, p.ldw, c, kBlock);
+    else dot_gemm(p.M, columns, p.K, x, ldx, p.weight + n * p.ldw, p.ldw, c, kBlock);
     finish(p, 0, p.M, n, columns, c, kBlock);
   }
 }
@@ -143,10 +142,8 @@ void gemm_fwd_kernel(const GemmProblem<T>& p) {
       const int64_t m1 = smaller(p.M, units_m * (i + 1) / best_m * unit_m);
       const int64_t n0 = smaller(p.N, units_n * j / best_n * unit_n);
       const int64_t n1 = smaller(p.N, units_n * (j + 1) / best_n * unit_n);
-      if (few_rows)
-        skinny(p, n0, n1);
-      else
-        packed(p, m0, m1, n0, n1);
+      if (few_rows) skinny(p, n0, n1);
+      else packed(p, m0, m1, n0, n1);
     }
   });
 }

@@ -129,7 +129,8 @@ CGPT_INLINE void strip_tile(int64_t K, const C* x, int64_t ldx, const T* w, int6
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-      for (int u = 0; u < units; ++u) store_n(c + i * ldc + u * kLanes, acc[i][u], columns - u * kLanes);
+      for (int u = 0; u < units; ++u)
+        store_n(c + i * ldc + u * kLanes, acc[i][u], columns - u * kLanes);
   } else {
 #if CGPT_TIER_LEVEL >= 3
     // Unpacking interleaves rows k and k + 1 inside 128-bit lanes: acc[0] holds the first four
@@ -138,7 +139,7 @@ CGPT_INLINE void strip_tile(int64_t K, const C* x, int64_t ldx, const T* w, int6
     for (int64_t k = 0; k < K; k += 2) {
       const T* row = w + k * ldw;
       __m512i b[units][2];
-#pragma GCC unroll 8
+  #pragma GCC unroll 8
       for (int u = 0; u < units; ++u) {
         const __m512i even = read(row + u * V::kWidth);
         const __m512i odd = k + 1 < K ? read(row + ldw + u * V::kWidth) : __m512i{};
@@ -147,12 +148,12 @@ CGPT_INLINE void strip_tile(int64_t K, const C* x, int64_t ldx, const T* w, int6
         b[u][0] = _mm512_unpacklo_epi16(even, odd);
         b[u][1] = _mm512_unpackhi_epi16(even, odd);
       }
-#pragma GCC unroll 16
+  #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         int32_t pair;
         __builtin_memcpy(&pair, x + i * ldx + k, 4);
         const __m512i a = _mm512_set1_epi32(pair);
-#pragma GCC unroll 8
+  #pragma GCC unroll 8
         for (int u = 0; u < units; ++u) {
           acc[i][u][0] = V::multiply_add(a, b[u][0], acc[i][u][0]);
           acc[i][u][1] = V::multiply_add(a, b[u][1], acc[i][u][1]);
@@ -161,9 +162,9 @@ CGPT_INLINE void strip_tile(int64_t K, const C* x, int64_t ldx, const T* w, int6
     }
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-#pragma GCC unroll 16
+  #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
+  #pragma GCC unroll 8
       for (int u = 0; u < units; ++u) {
         const __m512d p = bit_cast<__m512d>(acc[i][u][0]), q = bit_cast<__m512d>(acc[i][u][1]);
         float* out = c + i * ldc + u * V::kWidth;
