@@ -46,7 +46,7 @@ def undisturbed() -> bool:
 
 
 # What kernels, views and the binding raise for arguments that they do not take.
-REFUSALS = (ValueError, TypeError, RuntimeError)
+REFUSALS = (ValueError, TypeError, RuntimeError, IndexError)
 
 
 def _beyond_kernels(tensors: tuple) -> str | None:

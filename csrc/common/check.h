@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "tensor_view.h"
 
@@ -31,8 +32,12 @@ struct Checker {
   const char* op;
   Device device = Device::cpu;
 
-  void require(bool ok, const std::string& message) const {
-    if (!ok) fail(std::string(op) + ": " + message);
+  // `message` is text, or a function that makes it: only a failed check pays for strings.
+  template <class Message>
+  void require(bool ok, const Message& message) const {
+    if (ok) return;
+    if constexpr (std::is_invocable_v<Message>) fail(std::string(op) + ": " + message());
+    else fail(std::string(op) + ": " + message);
   }
 
   // A given tensor of this shape on the op's device; rows must be dense in the last dimension.

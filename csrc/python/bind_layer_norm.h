@@ -11,6 +11,9 @@ void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tenso
                     Tensor mean, Tensor rstd, float eps) {
   const LayerNormArgs args{
       rows_of(x), rows_of(residual), weight, bias, rows_of(y), rows_of(sum), mean, rstd, eps};
+  const Checker c{"layer_norm", device};
+  c.require(!residual || same_leading(x, residual, 1, 1),
+            [&] { return "residual must have the shape of x, got " + shape_text(residual); });
   layer_norm_check(args, device);
   py::gil_scoped_release release;
 #ifdef CGPT_CUDA

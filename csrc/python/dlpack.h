@@ -80,6 +80,15 @@ struct __attribute__((visibility("hidden"))) BorrowedTensor : TensorView {
   py::object owner;
 };
 
+// Whether a's and b's dimensions but the last `skip_a` and `skip_b` of them are equal.
+inline bool same_leading(const TensorView& a, const TensorView& b, int skip_a, int skip_b) {
+  const int n = a.ndim - skip_a;
+  if (n != b.ndim - skip_b) return false;
+  for (int d = 0; d < n; ++d)
+    if (a.shape[d] != b.shape[d]) return false;
+  return true;
+}
+
 // How the bound functions take a tensor; an absent one is Python's None.
 using Tensor = const BorrowedTensor&;
 

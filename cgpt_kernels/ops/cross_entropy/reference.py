@@ -43,8 +43,13 @@ def linear_cross_entropy_rows(
 
 
 def reduce_rows(rows: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """mean over the rows that count (NaN where none does, as torch), their sum, or the rows."""
+    """mean over the rows that count (NaN where none does, as torch), their sum, or the rows.
+
+    Added in fp64, so that the kernels' own reductions, in another order, round to the same bits.
+    """
     if reduction == "none":
         return rows.view(target.shape)
-    total = rows.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
+    total = rows.sum(dtype=torch.float64)
+    if reduction == "mean":
+        total = total / (target != ignore_index).sum()
+    return total.to(rows.dtype)

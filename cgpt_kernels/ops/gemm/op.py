@@ -30,7 +30,6 @@ from .backward import gemm_bwd
 GEMM = backends.Op("gemm", "gemm", "gemm_fwd")
 
 _lean = backends.lean_kernels("gemm")
-_OTHER_LAYOUT = {"nk": "kn", "kn": "nk"}
 
 
 def gemm(
@@ -67,7 +66,7 @@ def gemm(
         and x.is_cpu
     ):
         kernel = _lean.get((backend, x.dtype))
-        if kernel is not None and _fits(x, weight, residual, weight_layout):
+        if kernel is not None and weight_layout in reference.LAYOUTS:
             try:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
@@ -80,13 +79,6 @@ def gemm(
             except REFUSALS:
                 pass  # the general path says why, or copies strides the kernel cannot read
     return _general(x, weight, bias, residual, activation, weight_layout, backend)
-
-
-def _fits(x, weight, residual, weight_layout):
-    """What the kernel cannot see once rows are flattened; everything else it checks itself."""
-    if x.ndim == 0 or weight.ndim != 2 or weight_layout not in reference.LAYOUTS:
-        return False
-    return residual is None or residual.shape[:-1] == x.shape[:-1]
 
 
 def _check(x, weight, bias, residual, activation, weight_layout):
@@ -162,11 +154,6 @@ def _call_library(backend):
 
 def _forward(kernel, x, weight, bias, residual, activation, weight_layout):
     """y [..., N]."""
-    if not weight.is_contiguous() and weight.stride(1) != 1:
-        if weight.stride(0) == 1:  # a transposed view is the other layout, in place
-            weight, weight_layout = weight.t(), _OTHER_LAYOUT[weight_layout]
-        else:
-            weight = dense_last(weight)
     kn = weight_layout == "kn"
     N = weight.shape[1 if kn else 0]
     # sizes as arguments: a tuple of them takes 0.4 us to parse
@@ -210,6 +197,8 @@ class _Gemm(torch.autograd.Function):
 
 def _run(x, weight, bias, residual, activation, weight_layout, keep_pre, backend):
     kernel, _ = backends.implementation("gemm", backend)
+    if 1 not in weight.stride():  # kernels read a transposed view in place
+        weight = dense_last(weight)
     bias = bias if bias is None else dense_last(bias)
     residual = residual if residual is None else as_rows(residual)
     call = (kernel, as_rows(x), weight, bias, residual, activation, weight_layout)

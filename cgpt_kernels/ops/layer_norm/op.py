@@ -30,6 +30,7 @@ LAYER_NORM = backends.Op("layer_norm", "layer_norm", "layer_norm_fwd")
 ADD_LAYER_NORM = backends.Op("add_layer_norm", "layer_norm", "layer_norm_fwd")
 
 _lean = backends.lean_kernels("layer_norm")
+_empty_like = torch.empty_like  # the look-up in torch's namespace costs 0.1 us a call
 
 
 def layer_norm(
@@ -61,7 +62,7 @@ def layer_norm(
         and x.is_cpu
     ):
         kernel = _lean.get((backend, x.dtype))
-        if kernel is not None and x.ndim > 0:
+        if kernel is not None:
             try:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
@@ -69,7 +70,9 @@ def layer_norm(
                     or (bias is not None and bias.requires_grad)
                 ):
                     return _LayerNorm.apply(kernel, x, None, weight, bias, eps)
-                return _forward(kernel, x, None, weight, bias, eps)[0]
+                y = _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+                kernel(x, None, weight, bias, y, None, None, None, eps)
+                return y
             except REFUSALS:
                 pass  # the general path says why, or copies strides the kernel cannot read
     return _general("layer_norm", x, None, weight, bias, eps, backend)
@@ -101,7 +104,7 @@ def add_layer_norm(
         and x.is_cpu
     ):
         kernel = _lean.get((backend, x.dtype))
-        if kernel is not None and x.ndim > 0 and x.shape == residual.shape:
+        if kernel is not None:
             try:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
@@ -110,7 +113,10 @@ def add_layer_norm(
                     or (bias is not None and bias.requires_grad)
                 ):
                     return _LayerNorm.apply(kernel, x, residual, weight, bias, eps)
-                return _forward(kernel, x, residual, weight, bias, eps)[:2]
+                y = _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+                total = _empty_like(y)
+                kernel(x, residual, weight, bias, y, total, None, None, eps)
+                return y, total
             except REFUSALS:
                 pass  # the general path says why, or copies strides the kernel cannot read
     return _general("add_layer_norm", x, residual, weight, bias, eps, backend)
@@ -170,15 +176,12 @@ def _autocast(device_type, x, residual):
     return x, residual
 
 
-def _forward(kernel, x, residual, weight, bias, eps, statistics=False):
-    """y, sum (None without residual), mean, rstd (None unless asked for)."""
+def _forward(kernel, x, residual, weight, bias, eps):
+    """y, sum (None without residual), mean, rstd."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = mean = rstd = None
-    if residual is not None:
-        total = torch.empty_like(y)
-    if statistics:
-        mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
-        rstd = torch.empty_like(mean)
+    total = None if residual is None else torch.empty_like(y)
+    mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     kernel(x, residual, weight, bias, y, total, mean, rstd, eps)
     return y, total, mean, rstd
 
@@ -188,7 +191,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, x, residual, weight, bias, eps):
-        y, total, mean, rstd = _forward(kernel, x, residual, weight, bias, eps, statistics=True)
+        y, total, mean, rstd = _forward(kernel, x, residual, weight, bias, eps)
         ctx.save_for_backward(x if total is None else total, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
         return y if total is None else (y, total)
@@ -248,7 +251,7 @@ def _run_add(x, residual, weight, bias, eps, backend):
     weight, bias = dense_last(weight), bias if bias is None else dense_last(bias)
     if bias is not None and bias.dtype != weight.dtype:  # kernels take parameters of one dtype
         weight, bias = weight.float(), bias.float()
-    y, total, mean, rstd = _forward(kernel, x, residual, weight, bias, eps, statistics=True)
+    y, total, mean, rstd = _forward(kernel, x, residual, weight, bias, eps)
     return y.view(shape), None if total is None else total.view(shape), mean, rstd
 
 

@@ -14,7 +14,7 @@ struct LinearCrossEntropyArgs {
   TensorView bias;    // [V], T or fp32, or none
   TensorView target;  // [M] int64, any stride; in [0, V) or ignore_index
   TensorView loss;    // [M] fp32, 0 where the target is ignore_index
-  TensorView lse;     // [M] fp32, of every row
+  TensorView lse;     // [M] fp32, of every row, or none
   int64_t ignore_index = -100;
   float label_smoothing = 0.0f;
 };
@@ -39,7 +39,7 @@ inline void linear_cross_entropy_check(const LinearCrossEntropyArgs& a,
   c.tensor("weight", a.weight, {V, K});
   c.dtype("weight", a.weight, {a.x.dtype});
   c.require(V > 0 || M == 0,
-            "weight must have at least one row, got shape " + shape_text(a.weight));
+            [&] { return "weight must have at least one row, got shape " + shape_text(a.weight); });
   if (a.bias) {
     c.tensor("bias", a.bias, {V});
     c.dtype("bias", a.bias, {a.x.dtype, DType::f32});
@@ -48,15 +48,18 @@ inline void linear_cross_entropy_check(const LinearCrossEntropyArgs& a,
   c.dtype("target", a.target, {DType::i64});
   c.tensor("loss", a.loss, {M});
   c.dtype("loss", a.loss, {DType::f32});
-  c.tensor("lse", a.lse, {M});
-  c.dtype("lse", a.lse, {DType::f32});
+  if (a.lse) {
+    c.tensor("lse", a.lse, {M});
+    c.dtype("lse", a.lse, {DType::f32});
+  }
   c.dense_rows("x", a.x);
   c.dense_rows("weight", a.weight);
   c.dense_rows("bias", a.bias);
   c.dense_rows("loss", a.loss);
   c.dense_rows("lse", a.lse);
-  c.require(a.label_smoothing >= 0.0f && a.label_smoothing <= 1.0f,
-            "label_smoothing must be in [0, 1], got " + std::to_string(a.label_smoothing));
+  c.require(a.label_smoothing >= 0.0f && a.label_smoothing <= 1.0f, [&] {
+    return "label_smoothing must be in [0, 1], got " + std::to_string(a.label_smoothing);
+  });
 }
 
 inline void linear_cross_entropy_check_targets(const LinearCrossEntropyArgs& a) {
@@ -68,6 +71,18 @@ inline void linear_cross_entropy_check_targets(const LinearCrossEntropyArgs& a) 
          std::to_string(V) + ") or ignore_index = " + std::to_string(a.ignore_index) + ", got " +
          std::to_string(t));
   }
+}
+
+// The sum of the finished losses, or their mean over the rows that count (NaN where none does);
+// added in double, in order.
+inline float linear_cross_entropy_reduce(const LinearCrossEntropyArgs& a, bool mean) {
+  double sum = 0.0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < a.loss.shape[0]; ++i) {
+    sum += a.loss.as<const float>()[i];
+    count += a.target.as<const int64_t>()[i * a.target.strides[0]] != a.ignore_index;
+  }
+  return static_cast<float>(mean ? sum / static_cast<double>(count) : sum);
 }
 
 }  // namespace cgpt

@@ -305,7 +305,7 @@ struct Kernel {
         // Left out at 0, where a logit of -inf would make 0 * inf of it.
         if (smoothing > 0.0f)
           loss = (1.0f - smoothing) * loss + (smoothing * lse - per_class * total[i - j]);
-        a.lse.as<float>()[i] = lse;
+        if (a.lse) a.lse.as<float>()[i] = lse;
         a.loss.as<float>()[i] = target(i) == a.ignore_index ? 0.0f : loss;
       }
     }
