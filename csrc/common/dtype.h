@@ -5,7 +5,7 @@
 
 namespace cgpt {
 
-enum class DType : uint8_t { f32, bf16, f16, f64, i64, i32, boolean, other };
+enum class DType : uint8_t { f32, bf16, f16, f64, i64, i32, i8, u8, boolean, other };
 
 // Storage only: arithmetic happens in fp32 after a load (csrc/cpu/simd.h).
 struct bf16 {
@@ -23,6 +23,8 @@ inline const char* dtype_name(DType t) {
     case DType::f64: return "float64";
     case DType::i64: return "int64";
     case DType::i32: return "int32";
+    case DType::i8: return "int8";
+    case DType::u8: return "uint8";
     case DType::boolean: return "bool";
     case DType::other: break;
   }

@@ -20,14 +20,14 @@ namespace cgpt::CGPT_TIER {
 
 constexpr int kMR = CGPT_TIER_LEVEL >= 2 ? 14 : CGPT_TIER_LEVEL == 1 ? 6 : 4;
 
-// One register tile: `rows` x kNR of C over the whole of K.
-template <int rows, class C>
+// One register tile: `rows` x kNR of C over the whole of K, from a panel of `width` columns.
+template <int rows, int width = kNR, class C>
 CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, float* c,
                            int64_t ldc, int64_t columns, bool accumulate) {
   VecF acc[rows][2] = {};
   if constexpr (sizeof(C) == 4) {
     for (int64_t k = 0; k < K; ++k) {
-      const VecF b0 = load(panel + k * kNR), b1 = load(panel + k * kNR + kLanes);
+      const VecF b0 = load(panel + k * width), b1 = load(panel + k * width + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         const VecF x = set1(a[i * lda + k]);
@@ -38,8 +38,8 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
   } else {
 #if CGPT_TIER_LEVEL >= 3
     for (int64_t k = 0; k < K; k += 2) {
-      const __m512i b0 = _mm512_loadu_si512(panel + k * kNR);
-      const __m512i b1 = _mm512_loadu_si512(panel + k * kNR + 2 * kLanes);
+      const __m512i b0 = _mm512_loadu_si512(panel + k * width);
+      const __m512i b1 = _mm512_loadu_si512(panel + k * width + 2 * kLanes);
   #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
         int32_t pair;
@@ -61,12 +61,12 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
     }
 }
 
-template <int rows, class C>
+template <int rows, int width = kNR, class C>
 inline void tile_gemm_rows(int64_t M, int64_t K, const C* a, int64_t lda, const C* panel, float* c,
                            int64_t ldc, int64_t columns, bool accumulate) {
-  if (M == rows) return tile_gemm<rows>(K, a, lda, panel, c, ldc, columns, accumulate);
+  if (M == rows) return tile_gemm<rows, width>(K, a, lda, panel, c, ldc, columns, accumulate);
   if constexpr (rows > 1)
-    tile_gemm_rows<rows - 1>(M, K, a, lda, panel, c, ldc, columns, accumulate);
+    tile_gemm_rows<rows - 1, width>(M, K, a, lda, panel, c, ldc, columns, accumulate);
 }
 
 #if CGPT_TIER_LEVEL >= 4

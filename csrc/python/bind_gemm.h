@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../ops/gemm/gemm.h"
+#include "../ops/gemm/packed.h"
 #include "dlpack.h"
 
 namespace cgpt::python {
@@ -26,8 +27,60 @@ void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
   gemm_fwd_cpu(args);
 }
 
+int64_t packed_bytes_of(const std::string& format, int64_t n, int64_t k, int64_t group) {
+  const PackedWeight w{weight_format_of(format), n, k, group, nullptr};
+  packed_weight_check({"packed_bytes"}, w);
+  return packed_bytes(w.format, n, k, group);
+}
+
+// The buffer of a packed weight: dense bytes, exactly as many as its format takes.
+void packed_buffer_check(const char* op, const TensorView& buffer, const PackedWeight& w) {
+  const Checker c{op};
+  c.tensor("packed", buffer, {packed_bytes(w.format, w.N, w.K, w.group)});
+  c.dtype("packed", buffer, {DType::u8});
+  c.dense_rows("packed", buffer);
+}
+
+void pack_weight(Tensor weight, Tensor packed, bool weight_kn, const std::string& format,
+                 int64_t group) {
+  const PackWeightArgs args{weight, weight_kn, weight_format_of(format), group, packed.data};
+  packed_buffer_check("pack_weight", packed, packed_weight_of(args));
+  py::gil_scoped_release release;
+  pack_weight_cpu(args);
+}
+
+void unpack_weight(Tensor packed, Tensor out, bool weight_kn, const std::string& format,
+                   int64_t group) {
+  if (!out || out.ndim != 2) fail("unpack_weight: out must have 2 dimensions");
+  const PackedWeight weight{weight_format_of(format), out.shape[weight_kn], out.shape[!weight_kn],
+                            group, packed.data};
+  const UnpackWeightArgs args{weight, out, weight_kn};
+  unpack_weight_check(args);
+  packed_buffer_check("unpack_weight", packed, weight);
+  py::gil_scoped_release release;
+  unpack_weight_cpu(args);
+}
+
+void packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::string& format,
+                     int64_t group, Tensor bias, Tensor residual, Tensor y,
+                     const std::string& activation) {
+  const PackedWeight weight{weight_format_of(format), n, k, group, packed.data};
+  const PackedGemmArgs args{rows_of(x),        weight,     bias,
+                            rows_of(residual), rows_of(y), activation_of(activation)};
+  packed_gemm_check(args);
+  packed_buffer_check("packed_gemm", packed, weight);
+  py::gil_scoped_release release;
+  packed_gemm_fwd_cpu(args);
+}
+
 }  // namespace
 
-inline void bind_gemm(py::module_& m) { m.def("gemm_fwd", &gemm_fwd); }
+inline void bind_gemm(py::module_& m) {
+  m.def("gemm_fwd", &gemm_fwd);
+  m.def("packed_bytes", &packed_bytes_of);
+  m.def("pack_weight", &pack_weight);
+  m.def("unpack_weight", &unpack_weight);
+  m.def("packed_gemm_fwd", &packed_gemm_fwd);
+}
 
 }  // namespace cgpt::python

@@ -36,6 +36,8 @@ inline TensorView view_of(const DLTensor& t) {
   else if (code == kDLFloat && bits == 64) v.dtype = DType::f64;
   else if (code == kDLInt && bits == 64) v.dtype = DType::i64;
   else if (code == kDLInt && bits == 32) v.dtype = DType::i32;
+  else if (code == kDLInt && bits == 8) v.dtype = DType::i8;
+  else if (code == kDLUInt && bits == 8) v.dtype = DType::u8;
   else if (code == kDLBool && bits == 8) v.dtype = DType::boolean;
   v.device = t.device.device_type == kDLCPU    ? Device::cpu
              : t.device.device_type == kDLCUDA ? Device::cuda

@@ -8,25 +8,42 @@
 namespace cgpt::CGPT_TIER {
 namespace {
 
+// What happens to a finished sum and where it goes: T is the type of bias and residual, Y of y.
+template <class T, class Y = T>
+struct GemmEpilogue {
+  template <class Args>
+  explicit GemmEpilogue(const Args& a)
+      : bias(a.bias && a.bias.dtype != DType::f32 ? a.bias.template as<const T>() : nullptr),
+        bias_f32(a.bias && a.bias.dtype == DType::f32 ? a.bias.template as<const float>()
+                                                      : nullptr),
+        residual(a.residual ? a.residual.template as<const T>() : nullptr),
+        ldr(a.residual ? a.residual.strides[0] : 0),
+        y(a.y.template as<Y>()),
+        ldy(a.y.strides[0]),
+        activation(a.activation) {}
+
+  const T* bias;
+  const float* bias_f32;
+  const T* residual;
+  int64_t ldr;
+  Y* y;
+  int64_t ldy;
+  Activation activation;
+};
+
 // The arguments with their types.
 template <class T>
-struct GemmProblem {
+struct GemmProblem : GemmEpilogue<T> {
   explicit GemmProblem(const GemmArgs& a)
-      : M(a.x.shape[0]),
+      : GemmEpilogue<T>(a),
+        M(a.x.shape[0]),
         N(a.y.shape[1]),
         K(a.x.shape[1]),
         x(a.x.as<const T>()),
         ldx(a.x.strides[0]),
         weight(a.weight.as<const T>()),
         ldw(a.weight.strides[0]),
-        weight_kn(a.weight_kn),
-        bias(a.bias && a.bias.dtype != DType::f32 ? a.bias.as<const T>() : nullptr),
-        bias_f32(a.bias && a.bias.dtype == DType::f32 ? a.bias.as<const float>() : nullptr),
-        residual(a.residual ? a.residual.as<const T>() : nullptr),
-        ldr(a.residual ? a.residual.strides[0] : 0),
-        y(a.y.as<T>()),
-        ldy(a.y.strides[0]),
-        activation(a.activation) {}
+        weight_kn(a.weight_kn) {}
 
   int64_t M, N, K;
   const T* x;
@@ -34,13 +51,6 @@ struct GemmProblem {
   const T* weight;
   int64_t ldw;
   bool weight_kn;
-  const T* bias;
-  const float* bias_f32;
-  const T* residual;
-  int64_t ldr;
-  T* y;
-  int64_t ldy;
-  Activation activation;
 };
 
 template <Activation activation>
@@ -51,11 +61,11 @@ CGPT_INLINE VecF activate(VecF v) {
   return v;
 }
 
-template <Activation activation, class T>
-inline void finish_block(const GemmProblem<T>& p, int64_t i0, int64_t rows, int64_t n0,
+template <Activation activation, class T, class Y>
+inline void finish_block(const GemmEpilogue<T, Y>& p, int64_t i0, int64_t rows, int64_t n0,
                          int64_t columns, const float* c, int64_t ldc) {
   for (int64_t i = 0; i < rows; ++i, c += ldc) {
-    T* y = p.y + (i0 + i) * p.ldy + n0;
+    Y* y = p.y + (i0 + i) * p.ldy + n0;
     const T* residual = p.residual ? p.residual + (i0 + i) * p.ldr + n0 : nullptr;
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t left = columns - j;
@@ -70,9 +80,9 @@ inline void finish_block(const GemmProblem<T>& p, int64_t i0, int64_t rows, int6
 }
 
 // y[i0 + i, n0 + j] = activation(c[i, j] + bias[n0 + j]) + residual[i0 + i, n0 + j]
-template <class T>
-inline void finish(const GemmProblem<T>& p, int64_t i0, int64_t rows, int64_t n0, int64_t columns,
-                   const float* c, int64_t ldc) {
+template <class T, class Y>
+inline void finish(const GemmEpilogue<T, Y>& p, int64_t i0, int64_t rows, int64_t n0,
+                   int64_t columns, const float* c, int64_t ldc) {
   switch (p.activation) {
     case Activation::none: return finish_block<Activation::none>(p, i0, rows, n0, columns, c, ldc);
     case Activation::gelu: return finish_block<Activation::gelu>(p, i0, rows, n0, columns, c, ldc);
