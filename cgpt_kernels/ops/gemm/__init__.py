@@ -1,5 +1,6 @@
 """gemm."""
 
 from .op import gemm
+from .packed import PackedWeight, pack_weight
 
-__all__ = ["gemm"]
+__all__ = ["PackedWeight", "gemm", "pack_weight"]

@@ -24,7 +24,7 @@ from ..dispatch import (
     undisturbed,
     with_numpy,
 )
-from . import reference
+from . import packed, reference
 from .backward import gemm_bwd
 
 GEMM = backends.Op("gemm", "gemm", "gemm_fwd")
@@ -34,7 +34,7 @@ _lean = backends.lean_kernels("gemm")
 
 def gemm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | packed.PackedWeight,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
@@ -47,7 +47,8 @@ def gemm(
     Args:
         x: [..., K], T one of fp32, bf16, fp16 (fp64 on backend "eager"). Rows are read in place
             when the last stride is 1. NumPy arrays are accepted everywhere.
-        weight: [N, K] for weight_layout "nk" (nn.Linear), [K, N] for "kn" (GPT-2's Conv1D), T.
+        weight: [N, K] for weight_layout "nk" (nn.Linear), [K, N] for "kn" (GPT-2's Conv1D), T; or
+            what pack_weight made of one, for inference on the CPU.
         bias: [N], T or fp32.
         activation: None, "gelu" (erf), "gelu_tanh" (tanh form) or "relu".
         residual: [..., N], T, added after the activation.
@@ -78,6 +79,8 @@ def gemm(
                 return _forward(kernel, x, weight, bias, residual, activation, weight_layout)
             except REFUSALS:
                 pass  # the general path says why, or copies strides the kernel cannot read
+    if type(weight) is packed.PackedWeight:
+        return packed.gemm(x, weight, bias, residual, activation, weight_layout, backend)
     return _general(x, weight, bias, residual, activation, weight_layout, backend)
 
 

@@ -46,6 +46,43 @@ def gemm(
     return y if residual is None else y + residual
 
 
+PANEL = 32  # columns that lie together in a packed weight
+
+
+def unpack(data: Tensor, format: str, N: int, K: int, group: int | None) -> Tensor:
+    """The packed weight as fp32 [N, K]: what the layout of csrc/ops/gemm/packed.h means.
+
+    Args:
+        data: uint8, panels of 32 columns one after the other, zero padded.
+        format: "f32", "bf16", "f16", "int8" or "int4".
+        group: values along K that share a scale, "int4" only.
+    """
+    panels = -(-N // PANEL)
+    if data.numel() == 0:
+        return data.new_zeros(N, K, dtype=torch.float32)
+    data = data.view(panels, -1)
+    if format == "f32":
+        w = data.view(torch.float32).view(panels, K, PANEL).transpose(1, 2)
+    elif format in ("bf16", "f16"):
+        pairs = data.view(torch.bfloat16 if format == "bf16" else torch.float16)
+        w = pairs.view(panels, -1, PANEL, 2).transpose(1, 2).float()
+    elif format == "int8":
+        end = data.shape[1] - 8 * PANEL  # behind the weights: 32 scales, 32 column sums
+        quads = data[:, :end].view(torch.int8).view(panels, -1, PANEL, 4)
+        scale = data[:, end : end + 4 * PANEL].contiguous().view(torch.float32)
+        w = quads.transpose(1, 2).float() * scale.view(panels, PANEL, 1, 1)
+    else:
+        groups = -(-K // group)
+        data = data.view(panels, groups, -1)
+        end = data.shape[2] - 2 * PANEL  # behind each group: 32 scales
+        bytes_ = data[..., :end].view(panels, groups, group // 8, PANEL, 4)
+        nibbles = torch.stack((bytes_ & 15, bytes_ >> 4), 4)  # k, then k + 4
+        q = nibbles.permute(0, 3, 1, 2, 4, 5).float() - 8  # [panels, 32, groups, group / 8, 2, 4]
+        scale = data[..., end:].contiguous().view(torch.bfloat16).float().transpose(1, 2)
+        w = q * scale[..., None, None, None]
+    return w.reshape(panels * PANEL, -1)[:N, :K].contiguous()
+
+
 def activation_grad(dy: Tensor, pre: Tensor, activation: str | None) -> Tensor:
     """dy * activation'(pre), in the dtype of dy."""
     if activation is None:

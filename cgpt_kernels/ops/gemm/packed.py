@@ -1,0 +1,247 @@
+"""Packed weights: laid out once for the CPU kernels, floating or quantized; for inference only.
+
+Letters: M rows, K reduced width, N output width, T the dtype of x. The layout is described in
+csrc/ops/gemm/packed.h and, as plain PyTorch that reads it, in reference.unpack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import backends, checks
+from ..dispatch import REFUSALS, as_rows, autocast_dtype, cast, choose, define, undisturbed
+from . import reference
+
+FORMATS = ("f32", "bf16", "f16", "int8", "int4")
+GROUPS = (32, 64)
+_FORMAT_OF = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+_C = backends._C
+
+
+@dataclass(eq=False)
+class PackedWeight:
+    """A weight [N, K] in one opaque buffer that ck.ops.gemm takes in place of the tensor.
+
+    Made by pack_weight. Copies, pickles and torch.save store the buffer as it is; every processor
+    reads the same layout.
+
+    Args:
+        data: uint8, the packed bytes, scales included.
+        format: "f32", "bf16", "f16", "int8" (a scale per output channel) or "int4" (a scale per
+            `group` values along K of an output channel).
+        N, K: output and reduced width.
+        group: 32 or 64, of "int4"; None for the other formats.
+    """
+
+    data: Tensor
+    format: str
+    N: int
+    K: int
+    group: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer, padding included."""
+        return self.data.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.N, self.K
+
+    def unpack(self, dtype: torch.dtype = torch.float32, weight_layout: str = "nk") -> Tensor:
+        """The weight as a tensor: the packed values for "f32", "bf16" and "f16", bit for bit in
+        their own dtype; scale times integer for "int8" and "int4".
+
+        Args:
+            dtype: fp32, bf16, fp16 or fp64.
+            weight_layout: "nk" gives [N, K], "kn" [K, N].
+        """
+        op = "unpack_weight"
+        checks.is_choice(op, "weight_layout", weight_layout, reference.LAYOUTS)
+        checks.is_choice(op, "dtype", dtype, checks.FLOATING)
+        kn = weight_layout == "kn"
+        if _C is None or self.data.device.type != "cpu":
+            weight = reference.unpack(self.data, self.format, self.N, self.K, self.group).to(dtype)
+            return weight.t().contiguous() if kn else weight
+        direct = torch.float32 if dtype == torch.float64 else dtype
+        shape = (self.K, self.N) if kn else (self.N, self.K)
+        out = torch.empty(shape, dtype=direct)
+        _C.unpack_weight(self.data, out, kn, self.format, self.group or 0)
+        return out.to(dtype)
+
+    def __repr__(self) -> str:
+        of = f", group {self.group}" if self.group else ""
+        return f"PackedWeight({self.format}{of}, N {self.N}, K {self.K}, {self.nbytes} bytes)"
+
+
+# A checkpoint may hold one: it is data, and safe to load as such.
+torch.serialization.add_safe_globals([PackedWeight])
+
+
+def pack_weight(
+    weight: Tensor, format: str | None = None, *, weight_layout: str = "nk", group: int = 64
+) -> PackedWeight:
+    """Lay a weight out for the CPU kernels, quantizing it for "int8" and "int4".
+
+    "int8": scale = max |w| / 127 of each output channel. "int4": of ten scales around
+    max |w| / 8 of each group the one with the smallest squared error, stored in bf16.
+
+    Args:
+        weight: [N, K] for weight_layout "nk" (nn.Linear), [K, N] for "kn" (GPT-2's Conv1D); fp32,
+            bf16 or fp16.
+        format: one of FORMATS; None takes that of the weight's dtype.
+        group: values along K that share a scale, 32 or 64; "int4" only.
+    Raises:
+        ValueError, TypeError: naming argument, expected and got.
+    """
+    op = "pack_weight"
+    checks.is_tensor(op, "weight", weight)
+    checks.strided(op, {"weight": weight})
+    checks.has_dtype(op, "weight", weight, *backends.KERNEL_DTYPES)
+    checks.has_rank(op, "weight", weight, 2, "(N, K) or (K, N)")
+    checks.is_choice(op, "format", format, (None, *FORMATS))
+    checks.is_choice(op, "weight_layout", weight_layout, reference.LAYOUTS)
+    checks.is_choice(op, "group", group, GROUPS)
+    if weight.device.type != "cpu":
+        raise ValueError(f"{op}: weight must be on cpu, got {weight.device}; move it with .cpu()")
+    if _C is None:
+        raise RuntimeError(f"{op}: {backends._C_REASON}")
+    format = format or _FORMAT_OF[weight.dtype]
+    weight = as_rows(weight.detach())
+    kn = weight_layout == "kn"
+    N, K = weight.shape[kn], weight.shape[not kn]
+    data = torch.empty(_C.packed_bytes(format, N, K, group), dtype=torch.uint8)
+    _C.pack_weight(weight, data, kn, format, group)
+    return PackedWeight(data, format, N, K, group if format == "int4" else None)
+
+
+def gemm(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    weight_layout: str,
+    backend: str,
+) -> Tensor:
+    """ops.gemm where the weight is packed; the arguments are ops.gemm's."""
+    if (
+        _C is not None
+        and backend in ("auto", "cpu")
+        and weight_layout == "nk"
+        and undisturbed()
+        and not _wants_gradient(x, bias, residual)
+        and (residual is None or residual.shape[:-1] == x.shape[:-1])
+    ):
+        try:
+            return _forward(x, weight, bias, residual, activation)
+        except REFUSALS:
+            pass  # the general path says why, or copies strides the kernel cannot read
+    if weight_layout != "nk":
+        raise ValueError(
+            "gemm: weight_layout belongs to pack_weight where the weight is packed; leave it out"
+        )
+    late_residual = None
+    narrow = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    if narrow is not None:
+        x, bias = cast(narrow, x, bias)
+        if isinstance(residual, Tensor) and residual.dtype != x.dtype:
+            late_residual, residual = residual, None
+    _check(x, weight, bias, residual, activation)
+    if _wants_gradient(x, bias, residual):
+        raise RuntimeError(
+            "gemm: a packed weight is for inference, but a gradient is required of x, bias or "
+            "residual; call it under torch.no_grad(), or pass the weight itself"
+        )
+    chosen = choose("gemm", backend, (x, weight.data, bias, residual))
+    if chosen not in ("cpu", "eager"):
+        raise ValueError(
+            f"gemm: backend {chosen!r} cannot run: the weight is packed. "
+            "Available here: cpu, eager."
+        )
+    y = torch.ops.cgpt.packed_gemm(
+        x,
+        weight.data,
+        weight.N,
+        weight.K,
+        weight.format,
+        weight.group or 0,
+        bias,
+        residual,
+        activation,
+        chosen,
+    )
+    return y if late_residual is None else y + late_residual
+
+
+def _wants_gradient(x, bias, residual):
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (x, bias, residual)
+    )
+
+
+def _check(x, weight, bias, residual, activation):
+    op = "gemm"
+    checks.is_tensor(op, "x", x)
+    checks.is_tensor(op, "bias", bias, optional=True)
+    checks.is_tensor(op, "residual", residual, optional=True)
+    given = {"x": x, "weight": weight.data, "bias": bias, "residual": residual}
+    checks.strided(op, given)
+    checks.is_choice(op, "activation", activation, (None, *reference.ACTIVATIONS))
+    checks.has_dtype(op, "x", x, *checks.FLOATING)
+    if x.ndim == 0 or x.shape[-1] != weight.K:
+        raise ValueError(f"gemm: x must have shape (..., {weight.K}) = (..., K), got {(*x.shape,)}")
+    if bias is not None:
+        widest = x.dtype if x.dtype == torch.float64 else torch.float32
+        checks.has_dtype(op, "bias", bias, x.dtype, widest, why=" beside this x")
+        checks.has_shape(op, "bias", bias, (weight.N,), "(N,)")
+    if residual is not None:
+        checks.has_dtype(op, "residual", residual, x.dtype, why=" as x")
+        checks.has_shape(op, "residual", residual, (*x.shape[:-1], weight.N), "(..., N)")
+    checks.same_device(op, "x", given)
+
+
+def _forward(x, weight, bias, residual, activation):
+    """y [..., N]."""
+    y = x.new_empty(*x.shape[:-1], weight.N)
+    _C.packed_gemm_fwd(
+        x if x.ndim > 1 else x.unsqueeze(0),
+        weight.data,
+        weight.N,
+        weight.K,
+        weight.format,
+        weight.group or 0,
+        bias,
+        residual if residual is None or residual.ndim > 1 else residual.unsqueeze(0),
+        y if y.ndim > 1 else y.unsqueeze(0),
+        activation or "none",
+    )
+    return y
+
+
+# ---- torch.ops.cgpt -----------------------------------------------------------------------------
+
+
+def _run(x, packed, N, K, format, group, bias, residual, activation, backend):
+    weight = PackedWeight(packed, format, N, K, group or None)
+    if backend == "eager":
+        return reference.gemm(x, weight.unpack(x.dtype), bias, residual, activation, "nk")
+    bias = bias if bias is None else bias.contiguous()
+    residual = residual if residual is None else as_rows(residual)
+    return _forward(as_rows(x), weight, bias, residual, activation).view(*x.shape[:-1], N)
+
+
+def _fake(x, packed, N, K, format, group, bias, residual, activation, backend):
+    return x.new_empty(*x.shape[:-1], N)
+
+
+define(
+    "packed_gemm(Tensor x, Tensor packed, int N, int K, str format, int group, Tensor? bias,"
+    " Tensor? residual, str? activation, str backend) -> Tensor",
+    _run,
+    _fake,
+)
