@@ -6,6 +6,9 @@ BIN := .venv/bin
 # Idle OpenMP threads sleep: tests and builds share the cores.
 export OMP_WAIT_POLICY ?= passive
 
+# The Triton kernels on CPU tensors. Triton reads the variable once, hence a process of its own.
+INTERPRETED := tests/test_ops.py tests/test_properties.py
+
 .PHONY: demo test bench build check format clean
 
 demo: build
@@ -13,6 +16,7 @@ demo: build
 
 test: build
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -k triton $(INTERPRETED)
 
 bench: build
 	$(BIN)/cgpt-kernels bench

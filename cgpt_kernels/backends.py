@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,8 +82,17 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    """Whether Triton kernels run on CPU tensors, as Triton found it set when it was imported."""
+    return importlib.import_module("cgpt_kernels.triton_substrate.device").INTERPRETED
+
+
+@torch.compiler.assume_constant_result
+def _limits(op: str, backend: str) -> Callable | None:
+    """`unsupported` of a backend's file: (the call's tensors) -> reason or None."""
+    module = importlib.import_module(implementation(op, backend)[0].__module__)
+    return getattr(module, "unsupported", None)
 
 
 @torch.compiler.assume_constant_result  # what is built and installed: nothing to trace or to guard
@@ -111,10 +119,35 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
     if importlib.util.find_spec(module) is None:
         return None, f"no file ops/{folder}/{folder}_{backend}.py"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return None, "triton is not installed"
+        return None, "triton is not installed: pip install 'cgpt-kernels[triton]'"
     found = getattr(importlib.import_module(module), kernel, None)
     reason = None if found else f"ops/{folder}/{folder}_{backend}.py has no {kernel}"
     return found, reason
+
+
+@functools.cache
+def gradient(op: str, backend: str) -> Callable | None:
+    """A backend's own backward, `<kernel>_bwd` beside its `<kernel>_fwd` in the same file, or None:
+    then the op's backward in plain torch operations serves."""
+    forward, _ = implementation(op, backend)
+    if forward is None or backend in ("cpu", "cuda"):
+        return None
+    name = OPS[op].kernel.removesuffix("_fwd") + "_bwd"
+    return getattr(importlib.import_module(forward.__module__), name, None)
+
+
+def runnable(op: str, device: str) -> list[str]:
+    """The backends that have the op for tensors on a device, whatever their dtypes and shapes."""
+    return [
+        name
+        for name in BACKENDS
+        if name == "eager" or (_missing(op, name) is None and device in _devices(name))
+    ]
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    devices = BACKENDS[backend].devices
+    return (*devices, "cpu") if backend == "triton" and _interpreted() else devices
 
 
 def why_not(op: str, backend: str, tensors: tuple) -> str | None:
@@ -124,9 +157,7 @@ def why_not(op: str, backend: str, tensors: tuple) -> str | None:
         reason = _missing(op, backend)
         if reason is not None:
             return reason
-    devices = what.devices
-    if backend == "triton" and _interpreted():
-        devices = (*devices, "cpu")
+    devices = () if backend == "eager" else _devices(backend)
     first = OPS[op].first
     if devices and x.device.type not in devices:
         return f"{first} is on {x.device.type}"
@@ -136,8 +167,7 @@ def why_not(op: str, backend: str, tensors: tuple) -> str | None:
             f"it takes {checks.one_of(map(checks.name_of, what.dtypes))}"
         )
     if backend not in ("eager", "cpu", "cuda"):
-        module = importlib.import_module(implementation(op, backend)[0].__module__)
-        limits = getattr(module, "unsupported", None)
+        limits = _limits(op, backend)
         return limits(*tensors) if limits else None
     return None
 

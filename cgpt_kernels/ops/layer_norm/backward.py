@@ -6,6 +6,7 @@ from torch import Tensor
 
 def layer_norm_bwd(
     dy: Tensor,
+    dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -19,6 +20,7 @@ def layer_norm_bwd(
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum(dy * xhat),  dbias = sum(dy)
 
     Args:
+        dtotal: [..., C] in T, added to dx: the gradient of the sum that add_layer_norm hands on.
         dy, x: [..., C] in T.   weight, bias: [C], T or fp32.   mean, rstd: [rows], fp32.
     Returns:
         dx in T, dweight and dbias in the dtypes of weight and bias.
@@ -38,8 +40,12 @@ def layer_norm_bwd(
         None if bias is None else bias.float(),
         (need[0], need[1], need[2] and bias is not None),
     )
+    if need[0]:
+        dx = dx.to(x.dtype).view(x.shape)
+        if dtotal is not None:
+            dx = dx + dtotal
     return (
-        dx.to(x.dtype).view(x.shape) if need[0] else x.new_empty(0),
+        dx if need[0] else x.new_empty(0),
         dweight.to(weight.dtype) if need[1] else weight.new_empty(0),
         dbias.to(bias.dtype) if need[2] and bias is not None else weight.new_empty(0),
     )

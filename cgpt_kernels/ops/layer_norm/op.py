@@ -203,9 +203,7 @@ class _LayerNorm(torch.autograd.Function):
         if dy is None:
             return None, dtotal, dtotal, None, None, None
         need = (need_x or need_residual, need_weight, need_bias)
-        dx, dweight, dbias = layer_norm_bwd(dy, *ctx.saved_tensors, need)
-        if dtotal is not None:
-            dx = dx + dtotal
+        dx, dweight, dbias = layer_norm_bwd(dy, dtotal, *ctx.saved_tensors, need)
         return (
             None,
             dx if need_x else None,
@@ -231,7 +229,7 @@ def _fake(x, weight, bias, eps, backend):
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, _, _ = inputs
+    x, weight, bias, _, ctx.backend = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -239,7 +237,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, dmean, drstd):
     need = ctx.needs_input_grad[:3]
-    grads = torch.ops.cgpt.layer_norm_bwd(dy, *ctx.saved_tensors, need)
+    grads = torch.ops.cgpt.layer_norm_bwd(dy, None, *ctx.saved_tensors, need, ctx.backend)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None)
 
 
@@ -261,7 +259,7 @@ def _fake_add(x, residual, weight, bias, eps, backend):
 
 
 def _save_add(ctx, inputs, output):
-    _, _, weight, bias, _, _ = inputs
+    _, _, weight, bias, _, ctx.backend = inputs
     _, total, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(total, weight, bias, mean, rstd)
@@ -270,9 +268,9 @@ def _save_add(ctx, inputs, output):
 def _backward_add(ctx, dy, dtotal, dmean, drstd):
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
     need = (need_x or need_residual, need_weight, need_bias)
-    dx, dweight, dbias = torch.ops.cgpt.layer_norm_bwd(dy, *ctx.saved_tensors, need)
-    if need[0]:
-        dx = dx + dtotal
+    dx, dweight, dbias = torch.ops.cgpt.layer_norm_bwd(
+        dy, dtotal, *ctx.saved_tensors, need, ctx.backend
+    )
     return (
         dx if need_x else None,
         dx if need_residual else None,
@@ -283,7 +281,12 @@ def _backward_add(ctx, dy, dtotal, dmean, drstd):
     )
 
 
-def _fake_bwd(dy, x, weight, bias, mean, rstd, need):
+def _run_bwd(dy, dtotal, x, weight, bias, mean, rstd, need, backend):
+    bwd = backends.gradient("layer_norm", backend) or layer_norm_bwd
+    return bwd(dy, dtotal, x, weight, bias, mean, rstd, need)
+
+
+def _fake_bwd(dy, dtotal, x, weight, bias, mean, rstd, need, backend):
     return (
         x.new_empty(x.shape if need[0] else 0),
         weight.new_empty(weight.shape if need[1] else 0),
@@ -313,8 +316,8 @@ define(
     ),
 )
 define(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd,"
-    " bool[3] need) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    layer_norm_bwd,
+    "layer_norm_bwd(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor? bias, Tensor mean,"
+    " Tensor rstd, bool[3] need, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _run_bwd,
     _fake_bwd,
 )

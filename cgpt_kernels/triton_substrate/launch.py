@@ -1,0 +1,62 @@
+"""Launch configurations: frozen, one table, chosen by compute capability and class of shape.
+
+Nothing is tuned at run time: the same call launches the same code on every run. `launch.json` holds
+for each kernel and class of shape the reason for the values, the values per compute capability, and
+what `cgpt-kernels tune` measured where it was run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from .device import INTERPRETED
+
+TABLE_PATH = Path(__file__).with_name("launch.json")
+# Compute capabilities with values of their own; others take the nearest one below.
+CAPABILITIES = ("8.0", "9.0", "10.0")
+
+
+@functools.cache
+def table() -> dict:
+    """kernel -> class of shape -> {"why", "8.0", "9.0", "10.0", perhaps "measured"}."""
+    return json.loads(TABLE_PATH.read_text())["kernels"]
+
+
+_pretended = CAPABILITIES[0]
+
+
+@contextlib.contextmanager
+def as_if(capability: str):
+    """Tensors that lie on no GPU (meta tensors, the interpreter's) count as on one of this."""
+    global _pretended
+    before, _pretended = _pretended, capability
+    config.cache_clear()
+    try:
+        yield
+    finally:
+        _pretended = before
+        config.cache_clear()
+
+
+def capability(device: int | None) -> str:
+    """The entry of CAPABILITIES for a device; 8.0 for the interpreter."""
+    if INTERPRETED or device is None:
+        return _pretended
+    major, minor = torch.cuda.get_device_capability(device)
+    below = [c for c in CAPABILITIES if tuple(map(int, c.split("."))) <= (major, minor)]
+    return below[-1] if below else CAPABILITIES[0]
+
+
+@functools.cache
+def config(kernel: str, shape_class: str, device: int | None) -> dict[str, int]:
+    """Block sizes and options of a kernel for a class of shape on a device.
+
+    A product and the sum it goes into are one rounding (FMA), said in so many words: Triton 3.10
+    changes its default.
+    """
+    return table()[kernel][shape_class][capability(device)] | {"enable_fp_fusion": True}
