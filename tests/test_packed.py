@@ -90,6 +90,24 @@ def test_the_buffer_is_little_more_than_its_bits():
     assert bits["int8"] < 8.1 and bits["int4", 64] == 4.25 and bits["int4", 32] == 4.5
 
 
+def test_buffers_share_mappings_and_outlive_each_other():
+    sizes = [1, 100, 4097, 3 << 20, 3 << 20, 40 << 20, 0]
+    buffers = [torch.from_dlpack(backends._C.allocate_buffer(n)) for n in sizes]
+    for i, (buffer, n) in enumerate(zip(buffers, sizes, strict=True)):
+        assert buffer.dtype == torch.uint8 and buffer.numel() == n
+        assert n == 0 or buffer.data_ptr() % 64 == 0
+        assert not buffer.any()
+        buffer.fill_(i + 1)
+    del buffers[::2]
+    for i, buffer in zip((1, 3, 5), buffers, strict=True):
+        assert (buffer == i + 1).all()
+
+
+def test_a_buffer_nobody_takes_is_freed():
+    for _ in range(200):  # 200 x 1 GiB of address space would show
+        backends._C.allocate_buffer(1 << 30)
+
+
 # ---- quantization -------------------------------------------------------------------------------
 
 

@@ -20,13 +20,23 @@ namespace cgpt::CGPT_TIER {
 
 constexpr int kMR = CGPT_TIER_LEVEL >= 2 ? 14 : CGPT_TIER_LEVEL == 1 ? 6 : 4;
 
-// One register tile: `rows` x kNR of C over the whole of K, from a panel of `width` columns.
-template <int rows, int width = kNR, class C>
+// Asks for the lines of `bytes` bytes that lie `ahead` bytes behind p; 0 asks for nothing.
+template <int bytes, int ahead>
+CGPT_INLINE void prefetch_step(const void* p) {
+  if constexpr (ahead > 0)
+    for (int line = 0; line < bytes; line += 64)
+      __builtin_prefetch(static_cast<const char*>(p) + ahead + line);
+}
+
+// One register tile: `rows` x kNR of C over the whole of K, from a panel of `width` columns. Panels
+// that come from memory are asked for `ahead` bytes before they are read.
+template <int rows, int width = kNR, int ahead = 0, class C>
 CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, float* c,
                            int64_t ldc, int64_t columns, bool accumulate) {
   VecF acc[rows][2] = {};
   if constexpr (sizeof(C) == 4) {
     for (int64_t k = 0; k < K; ++k) {
+      prefetch_step<kNR * 4, ahead>(panel + k * width);
       const VecF b0 = load(panel + k * width), b1 = load(panel + k * width + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i) {
@@ -38,6 +48,7 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
   } else {
 #if CGPT_TIER_LEVEL >= 3
     for (int64_t k = 0; k < K; k += 2) {
+      prefetch_step<kNR * 4, ahead>(panel + k * width);
       const __m512i b0 = _mm512_loadu_si512(panel + k * width);
       const __m512i b1 = _mm512_loadu_si512(panel + k * width + 2 * kLanes);
   #pragma GCC unroll 16
@@ -61,12 +72,13 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
     }
 }
 
-template <int rows, int width = kNR, class C>
+template <int rows, int width = kNR, int ahead = 0, class C>
 inline void tile_gemm_rows(int64_t M, int64_t K, const C* a, int64_t lda, const C* panel, float* c,
                            int64_t ldc, int64_t columns, bool accumulate) {
-  if (M == rows) return tile_gemm<rows, width>(K, a, lda, panel, c, ldc, columns, accumulate);
+  if (M == rows)
+    return tile_gemm<rows, width, ahead>(K, a, lda, panel, c, ldc, columns, accumulate);
   if constexpr (rows > 1)
-    tile_gemm_rows<rows - 1, width>(M, K, a, lda, panel, c, ldc, columns, accumulate);
+    tile_gemm_rows<rows - 1, width, ahead>(M, K, a, lda, panel, c, ldc, columns, accumulate);
 }
 
 #if CGPT_TIER_LEVEL >= 4

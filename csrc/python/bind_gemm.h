@@ -1,5 +1,8 @@
 #pragma once
 
+#include <memory>
+
+#include "../cpu/pages.h"
 #include "../ops/gemm/gemm.h"
 #include "../ops/gemm/packed.h"
 #include "dlpack.h"
@@ -25,6 +28,35 @@ void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
   gemm_check(args);
   py::gil_scoped_release release;
   gemm_fwd_cpu(args);
+}
+
+// `bytes` zeroed bytes in huge pages, as a DLPack capsule that torch.from_dlpack takes over.
+py::capsule allocate_buffer(int64_t bytes) {
+  if (bytes < 0) fail("allocate_buffer: bytes must not be negative, got " + std::to_string(bytes));
+  struct Owned {
+    DLManagedTensor tensor{};
+    int64_t shape = 0, stride = 1;
+  };
+  auto owned = std::make_unique<Owned>();
+  owned->shape = bytes;
+  DLTensor& t = owned->tensor.dl_tensor;
+  t.data = allocate_pages(static_cast<size_t>(bytes));
+  t.device = {kDLCPU, 0};
+  t.ndim = 1;
+  t.dtype = {kDLUInt, 8, 1};
+  t.shape = &owned->shape;
+  t.strides = &owned->stride;
+  owned->tensor.manager_ctx = owned.get();
+  owned->tensor.deleter = [](DLManagedTensor* self) {
+    free_pages(self->dl_tensor.data);
+    delete static_cast<Owned*>(self->manager_ctx);
+  };
+  // A taker renames the capsule and frees the tensor itself.
+  return py::capsule(&owned.release()->tensor, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* t = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    t->deleter(t);
+  });
 }
 
 int64_t packed_bytes_of(const std::string& format, int64_t n, int64_t k, int64_t group) {
@@ -77,6 +109,7 @@ void packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::s
 
 inline void bind_gemm(py::module_& m) {
   m.def("gemm_fwd", &gemm_fwd);
+  m.def("allocate_buffer", &allocate_buffer);
   m.def("packed_bytes", &packed_bytes_of);
   m.def("pack_weight", &pack_weight);
   m.def("unpack_weight", &unpack_weight);

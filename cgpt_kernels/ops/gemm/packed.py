@@ -114,7 +114,8 @@ def pack_weight(
     weight = as_rows(weight.detach())
     kn = weight_layout == "kn"
     N, K = weight.shape[kn], weight.shape[not kn]
-    data = torch.empty(_C.packed_bytes(format, N, K, group), dtype=torch.uint8)
+    # huge pages: the stream of a decode step would lose half its speed to address translation
+    data = torch.from_dlpack(_C.allocate_buffer(_C.packed_bytes(format, N, K, group)))
     _C.pack_weight(weight, data, kn, format, group)
     return PackedWeight(data, format, N, K, group if format == "int4" else None)
 

