@@ -77,7 +77,9 @@ class NinjaBuild(build_ext):
 
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve()
+        # One folder for pip's isolated build and for `build_ext --inplace`: the second compiles
+        # only the binding again, whose include paths differ.
+        build = ROOT / "build" / "ninja"
         build.mkdir(parents=True, exist_ok=True)
         includes = [
             pybind11.get_include(),
@@ -98,13 +100,11 @@ def ninja_text(out, includes, nvcc):
     cxx = os.environ.get("CXX", "g++")
     debug = os.environ.get("CGPT_DEBUG") == "1"
     optimise = "-O1 -g -D_GLIBCXX_ASSERTIONS" if debug else "-O3 -DNDEBUG"
-    include = " ".join(f"-isystem {i}" for i in includes)
-    cuda_define = "-DCGPT_CUDA" if nvcc else ""
+    binding = " ".join(f"-isystem {i}" for i in includes) + (" -DCGPT_CUDA" if nvcc else "")
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {' '.join(BASELINE)} {optimise} {cuda_define} $flags"
-        f" {include} -c $in -o $out",
+        f"  command = {cxx} -MMD -MF $out.d {' '.join(BASELINE)} {optimise} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = CXX $out",
@@ -119,8 +119,10 @@ def ninja_text(out, includes, nvcc):
             lines.append(f"  flags = {flags}")
         objects.append(target)
 
-    for source in [*sources("cpu/*.cpp"), *sources("python/*.cpp")]:
+    for source in [*sources("cpu/*.cpp"), *sources("gpt/*.cpp")]:
         add("cxx", source)
+    for source in sources("python/*.cpp"):
+        add("cxx", source, flags=binding)
     for source in sources("ops/*/*_cpu.cpp"):
         for tier, (level, flags) in TIERS.items():
             defines = f"-DCGPT_TIER={tier} -DCGPT_TIER_LEVEL={level}"

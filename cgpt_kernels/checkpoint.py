@@ -51,9 +51,8 @@ def read_weights(
                         raise ValueError(
                             f"{file}: {key} must have shape {shape}, got {tuple(t.shape)}"
                         )
-                    weights[name] = (
-                        (t.t() if _is_conv1d(name) else t).to(dtype or t.dtype).contiguous()
-                    )
+                    kept = dtype if dtype and t.is_floating_point() else t.dtype
+                    weights[name] = (t.t() if _is_conv1d(name) else t).to(kept).contiguous()
         except SafetensorError as error:
             raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
     head = weights.pop("lm_head.weight", None)

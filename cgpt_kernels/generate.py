@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import decoder
 from .gpt import GPT, check_token_ids
+from .replace import decoder_parts
 
 
 @torch.no_grad()
@@ -103,6 +105,20 @@ class _ReferenceSteps:
         return logits[:, -1]  # B V
 
 
+class _DecoderSteps:
+    """The same from a replaced model's parts, one call of C++ a step."""
+
+    def __init__(self, parts: decoder.Parts):
+        self.parts = parts
+        self.vocab_size, self.n_positions = parts.wte.shape[0], parts.wpe.shape[0]
+
+    def start(self, batch: int, total: int) -> None:
+        self.decoder = decoder.Decoder(self.parts, batch, total)
+
+    def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        return self.decoder.step(ids, None if mask is None else mask == 0, positions)  # B V
+
+
 class _HuggingFaceSteps:
     """The same from a Hugging Face causal language model and the cache it returns."""
 
@@ -131,7 +147,10 @@ class _HuggingFaceSteps:
         return out.logits[:, -1]  # B V
 
 
-def _adapter(model: nn.Module, use_cache: bool) -> _ReferenceSteps | _HuggingFaceSteps:
+def _adapter(model: nn.Module, use_cache: bool):
+    parts = decoder_parts(model) if use_cache else None
+    if parts is not None:
+        return _DecoderSteps(parts)
     plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     if isinstance(plain, GPT):
         return _ReferenceSteps(model, plain.config, use_cache)

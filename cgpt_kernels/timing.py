@@ -90,9 +90,19 @@ def threads(count: int | None):
 # ---- what the machine can do --------------------------------------------------------------------
 
 
-@functools.cache
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
-    """Highest FLOP/s of a large matrix product by torch; `threads` is part of the cache's key."""
+    """Highest FLOP/s of a large matrix product by torch; `threads` is part of the cache's key.
+
+    fp16 can always be computed as fp32, which torch's own fp16 product is far slower than on
+    processors without fp16 arithmetic.
+    """
+    if dtype == torch.float16:
+        return max(_peak_flops(dtype, threads), _peak_flops(torch.float32, threads))
+    return _peak_flops(dtype, threads)
+
+
+@functools.cache
+def _peak_flops(dtype: torch.dtype, threads: int) -> float:
     calls = {}
     for size in (512, 1024, 1536):
         x, w = torch.randn(2, size, size).to(dtype)

@@ -60,10 +60,10 @@ def test_a_dtype_the_backend_lacks_changes_nothing():
     assert untouched(m)
 
 
-def test_quantize_is_refused():
+def test_an_unknown_way_to_quantize_is_refused():
     m = model()
-    with pytest.raises(ValueError, match=r"quantize must be None, got 'int8'"):
-        ck.replace(m, quantize="int8")
+    with pytest.raises(ValueError, match=r"quantize must be .*'int8'.*'int4'.*got 'fp4'"):
+        ck.replace(m, quantize="fp4")
     assert untouched(m)
 
 

@@ -10,14 +10,15 @@ An adapter is a file with `CLASSES`, {class: fused class}, where a fused class i
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from cgpt_kernels import backends, checks
-from cgpt_kernels.replace import torch_nn
+from cgpt_kernels import backends, checks, decoder
+from cgpt_kernels.replace import packing, torch_nn
 from cgpt_kernels.replace.swap import Replaced
 from cgpt_kernels.replace.table import Row, Table
 
@@ -30,29 +31,41 @@ _ADAPTERS = {
     "transformers.models.gpt2.modeling_gpt2": "hf_gpt2",
     "transformers.models.bert.modeling_bert": "hf_bert",
 }
+# Where a causal language model's class is defined -> the adapter whose `decoder_parts` knows it.
+_DECODERS = {
+    "cgpt_kernels.gpt": "reference_gpt",
+    "transformers.models.gpt2.modeling_gpt2": "hf_gpt2",
+}
 _SUPPORTED = f"cgpt_kernels.GPT, Hugging Face GPT-2 and BERT, and {torch_nn.SUPPORTED} in any model"
+QUANTIZED = ("int8", "int4")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Replacement:
-    """What `replace` did; `restore()` undoes it, as does leaving it as a context manager.
+    """What `replace` did; `restore()` undoes it, as does leaving it as a context manager."""
 
-    table: one row per module of the model: replaced by what, or left alone and why.
-    """
-
-    def __init__(self, model: nn.Module, table: Table, before: list):
+    def __init__(self, model: nn.Module, rows: list, before: list):
         self.model = model
-        self.table = table
-        self._before = before  # (module, class, backend) of each module that was changed
+        self._rows = rows  # (row, module)
+        self._before = before  # (module, what _set takes) of each module that was changed
+
+    @property
+    def table(self) -> Table:
+        """One row per module of the model: replaced by what, or left alone and why, and the memory
+        that packed copies of its weights take now."""
+        return Table(
+            dataclasses.replace(row, packed=packing.copied_bytes(module))
+            for row, module in self._rows
+        )
 
     def restore(self) -> None:
         """Set every module back to what it was before this call; a second time does nothing."""
         # What `ck.restore` or a second copy of this call has put back needs nothing more.
         before = [entry for entry in self._before if isinstance(entry[0], Replaced)]
-        _check_ours(module for module, _, _ in before)
+        _check_ours(module for module, _ in before)
         self._before = []
-        for module, cls, backend in before:
-            _set(module, cls, backend)
+        for module, state in before:
+            _set(module, *state)
 
     def __enter__(self) -> Replacement:
         return self
@@ -77,7 +90,8 @@ def replace(
     backend: str = "auto",
     *,
     dtype: torch.dtype | None = None,
-    quantize: None = None,
+    quantize: str | None = None,
+    keep_original: bool = True,
 ) -> Replacement:
     """Run `model` on this project's ops: swap its modules for fused ones, in place.
 
@@ -87,7 +101,12 @@ def replace(
     backend: "auto" lets each op choose for its tensors and fall back where it must; a named one
         runs or raises.
     dtype: casts the model, as model.to(dtype) does; `restore` does not cast back.
-    quantize: None, the only value: quantised weights are not offered.
+    quantize: None; "int8", a scale per output channel; "int4", a scale per 64 values along the
+        input. Weights of nn.Linear and Conv1D only, for inference on the CPU; under "int4" a head
+        tied to an embedding is int8. `restore` goes back to the weights as they were.
+    keep_original: False frees the memory of every weight that has a packed copy and is not tied to
+        another module: for inference only. The state_dict then unpacks, exactly where weights are
+        not quantized, and so does `restore`.
 
     Parameters, buffers, hooks, tying and the state_dict stay as they are, so training, saving,
     LoRA, `generate` and torch.compile go on as before. Calling it again picks up modules added
@@ -99,41 +118,62 @@ def replace(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
-    if quantize is not None:
-        raise ValueError(
-            f"replace: quantize must be None, got {quantize!r}: weights keep the model's dtype "
-            "(dtype=torch.bfloat16 halves fp32 ones)"
-        )
+    checks.is_choice("replace", "quantize", quantize, (None, *QUANTIZED))
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(map(str, _DTYPES))
         raise ValueError(f"replace: dtype must be None or one of {names}, got {dtype!r}")
 
-    table, changes = Table(), []
+    rows, changes = [], []
     for name, module in model.named_modules():
         if type(module) in (nn.ModuleList, nn.ModuleDict):  # nothing is computed there
             continue
         fused, reason = _plan(module)
         cls = fused.original() if fused else type(module)
-        table.append(Row(name, cls.__name__, fused and fused.__name__, reason))
+        rows.append((Row(name, cls.__name__, fused and fused.__name__, reason), module))
         if fused is not None:
             changes.append((module, fused))
     if not changes:
-        held = sorted({row.cls for row in table if row.name} or {type(model).__name__})
+        held = sorted({row.cls for row, _ in rows if row.name} or {type(model).__name__})
         raise ValueError(
             f"replace: nothing in {type(model).__name__} can be replaced, it holds "
             f"{', '.join(held[:8])}. Supported: {_SUPPORTED}. "
             "CONTRIBUTING.md, 'Add a model family', says how to write an adapter"
         )
     _check_backend(backend, changes, dtype)
+    packs = quantize is not None or not keep_original
+    if packs:
+        _check_packing(model, backend, quantize, changes, dtype)
 
     if dtype is not None:
         model.to(dtype)
-    before = []
+    before, tied = [], packing.tied(model)
     for module, fused in changes:
-        if type(module) is not fused or module.kernel_backend != backend:
-            before.append((module, type(module), getattr(module, "kernel_backend", None)))
-            _set(module, fused, backend)
-    return Replacement(model, table, before)
+        now = _state(module)
+        state = fused, backend, None
+        if quantize and issubclass(fused, packing.Packable):
+            head = quantize == "int4" and tied.get(id(module.weight)) is nn.Embedding
+            state = fused, backend, "int8" if head else quantize
+        if now != state:
+            before.append((module, now))
+            _set(module, *state)
+        if packs and issubclass(fused, packing.Packable) and not packing.given_up(module):
+            if keep_original or id(module.weight) in tied:
+                packing.current(module, module.weight)
+            else:
+                packing.give_up(module)
+    return Replacement(model, rows, before)
+
+
+def decoder_parts(model: nn.Module) -> decoder.Parts | None:
+    """What a `decoder.Decoder` of a replaced model is made of; None where its modules must run.
+
+    They must where the model is not on the CPU or not wholly replaced, where hooks, adapters or
+    dropout are at work, or where a backend other than "auto" and "cpu" was asked for.
+    """
+    adapter = _DECODERS.get(type(model).__module__)
+    if adapter is None or backends._C is None:
+        return None
+    return importlib.import_module(f"{__name__}.{adapter}").decoder_parts(model)
 
 
 def restore(model: nn.Module) -> None:
@@ -150,7 +190,7 @@ def restore(model: nn.Module) -> None:
         )
     _check_ours(replaced)
     for module in replaced:
-        _set(module, type(module).original(), None)
+        _set(module, type(module).original(), None, None)
 
 
 def _check_backend(backend: str, changes: list, dtype: torch.dtype | None) -> None:
@@ -184,11 +224,50 @@ def _check_ours(modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _set(module: nn.Module, cls: type, backend: str | None) -> None:
+def _check_packing(model, backend, quantize, changes, dtype) -> None:
+    """ValueError where weights cannot be packed as asked."""
+    asked = f"quantize={quantize!r}" if quantize else "keep_original=False"
+    if backend not in ("auto", "cpu"):
+        raise ValueError(f"replace: {asked} needs backend 'auto' or 'cpu', got {backend!r}")
+    if backends._C is None:
+        raise ValueError(f"replace: {asked} cannot run: {backends._C_REASON}")
+    packable = [m for m, fused in changes if issubclass(fused, packing.Packable)]
+    if not packable:
+        raise ValueError(
+            f"replace: {asked} takes nn.Linear or Conv1D weights, {type(model).__name__} has none"
+        )
+    for module in packable:
+        if packing.given_up(module):
+            if module.quantize != quantize:
+                raise ValueError(
+                    f"replace: {asked} needs the original weights, which keep_original=False gave "
+                    "up; restore the model first"
+                )
+            continue
+        weight = module.weight
+        if weight.device.type != "cpu" or (dtype or weight.dtype) not in backends.KERNEL_DTYPES:
+            raise ValueError(
+                f"replace: {asked} needs weights in fp32, bf16 or fp16 on cpu, got "
+                f"{checks.name_of(weight.dtype)} on {weight.device.type}"
+            )
+
+
+def _state(module: nn.Module) -> tuple:
+    """What `_set` takes to bring the module back to what it is now."""
+    attributes = module.__dict__.get
+    return type(module), attributes("kernel_backend", "auto"), attributes("quantize")
+
+
+def _set(module: nn.Module, cls: type, backend: str | None, quantize: str | None) -> None:
+    if not issubclass(cls, Replaced):
+        if packing.given_up(module):
+            packing.bring_back(module)
+        module.__dict__.pop("packed_copy", None)
     module.__class__ = cls
-    module.__dict__.pop("kernel_backend", None)
-    if backend not in (None, "auto"):
-        module.kernel_backend = backend
+    for name, value, usual in (("kernel_backend", backend, "auto"), ("quantize", quantize, None)):
+        module.__dict__.pop(name, None)
+        if issubclass(cls, Replaced) and value != usual:
+            setattr(module, name, value)
 
 
 def _fused_class(cls: type) -> type[Replaced] | None:

@@ -9,10 +9,16 @@ B batch, S queries, T keys, C width, H heads, D = C / H.
 from __future__ import annotations
 
 from torch import Tensor
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import (
+    GPT2MLP,
+    GPT2Attention,
+    GPT2Block,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 from transformers.pytorch_utils import Conv1D
 
-from cgpt_kernels import ops
+from cgpt_kernels import decoder
 from cgpt_kernels.replace.hf import (
     activation_name,
     attend,
@@ -21,20 +27,26 @@ from cgpt_kernels.replace.hf import (
     implementation,
     update_cache,
 )
+from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
     Replaced,
     dense,
+    idle,
+    multiply,
     norm,
     norm_sum,
+    operands,
     plain,
     project,
     project_activate,
     project_add,
+    projection,
+    table,
 )
-from cgpt_kernels.replace.torch_nn import FusedLayerNorm
+from cgpt_kernels.replace.torch_nn import FusedLayerNorm, FusedLinear
 
 
-class FusedConv1D(Conv1D, Replaced):
+class FusedConv1D(Conv1D, Packable, Replaced):
     uses = ("gemm",)
     weight_layout = "kn"
 
@@ -46,7 +58,7 @@ class FusedConv1D(Conv1D, Replaced):
         wb = dense(self)
         if wb is None:
             return super().forward(x)
-        return ops.gemm(x, wb[0], wb[1], weight_layout="kn", backend=self.kernel_backend)
+        return multiply(self, *wb, x, self.kernel_backend)
 
 
 class FusedGPT2Attention(GPT2Attention, Replaced):
@@ -198,6 +210,51 @@ def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
     inner = mlp._modules
     act = inner["act"]
     return project_activate(inner["c_fc"], FusedConv1D, x, act, activation_name(act), backend)
+
+
+def decoder_parts(model) -> decoder.Parts | None:
+    """What a decoder of this model is made of; None where only the modules can run it."""
+    if not plain(model, GPT2LMHeadModel) or not plain(model.transformer, GPT2Model):
+        return None
+    top, head = model.transformer._modules, model._modules["lm_head"]
+    wte, wpe = table(top["wte"]), table(top["wpe"])
+    norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear)
+    if wte is None or wpe is None or norm is None or head is None or not idle(top["drop"]):
+        return None
+    layers = [_decoder_layer(block) for block in top["h"]]
+    acts = {activation_name(block.mlp.act) for block in top["h"]}
+    eps = {ln.eps for block in top["h"] for ln in (block.ln_1, block.ln_2)} | {top["ln_f"].eps}
+    if None in layers or None in acts or len(acts) != 1 or len(eps) != 1:
+        return None
+    heads = model.config.n_head
+    return decoder.Parts(wte, wpe, layers, norm, head, heads, eps.pop(), acts.pop())
+
+
+def _decoder_layer(block) -> decoder.Layer | None:
+    parts = block._modules
+    attn, mlp = parts["attn"], parts["mlp"]
+    if not (
+        plain(block, FusedGPT2Block)
+        and plain(attn, FusedGPT2Attention)
+        and plain(mlp, FusedGPT2MLP)
+        and block.kernel_backend in ("auto", "cpu")
+        and not (attn.training and attn._modules["attn_dropout"].p)
+        and idle(attn._modules["resid_dropout"])
+        and idle(mlp._modules["dropout"])
+        and attn.is_causal
+        and expressible(implementation(attn.config), None, {})
+        and not attn.reorder_and_upcast_attn
+    ):
+        return None
+    found = (
+        operands(parts["ln_1"], FusedLayerNorm),
+        projection(attn._modules["c_attn"], FusedConv1D),
+        projection(attn._modules["c_proj"], FusedConv1D),
+        operands(parts["ln_2"], FusedLayerNorm),
+        projection(mlp._modules["c_fc"], FusedConv1D),
+        projection(mlp._modules["c_proj"], FusedConv1D),
+    )
+    return None if None in found else decoder.Layer(attn.scaling, *found)
 
 
 CLASSES = {

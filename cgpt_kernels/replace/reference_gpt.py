@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cgpt_kernels import ops
-from cgpt_kernels.gpt import ACTIVATIONS, MLP, Block, CausalSelfAttention
+from cgpt_kernels import decoder, ops
+from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention
 from cgpt_kernels.replace.swap import (
     Replaced,
+    multiply,
     norm,
     norm_sum,
     operands,
     plain,
     project,
     project_activate,
+    projection,
+    table,
 )
 from cgpt_kernels.replace.torch_nn import FusedLayerNorm, FusedLinear
 
@@ -66,7 +69,7 @@ def _project_add(linear, x: Tensor, residual: Tensor, backend: str) -> tuple[Ten
     wb = operands(linear, FusedLinear)
     if wb is None or residual.dtype is not x.dtype:
         return linear(x), False
-    return ops.gemm(x, wb[0], wb[1], residual=residual, backend=backend), True
+    return multiply(linear, *wb, x, backend, residual=residual), True
 
 
 def _heads(attn, x: Tensor, mask: Tensor | None, cache, backend: str) -> Tensor:
@@ -91,6 +94,48 @@ def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
     return project_activate(
         mlp._modules["c_fc"], FusedLinear, x, ACTIVATIONS[name], _ACTIVATION_NAMES[name], backend
     )
+
+
+def decoder_parts(model) -> decoder.Parts | None:
+    """What a decoder of this model is made of; None where only the modules can run it."""
+    if not plain(model, GPT):
+        return None
+    top, head, c = model.transformer, model._modules["lm_head"], model.config
+    wte, wpe = table(top["wte"]), table(top["wpe"])
+    norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear)
+    if wte is None or wpe is None or norm is None or head is None:
+        return None
+    layers = [_decoder_layer(block) for block in top["h"]]
+    if None in layers:
+        return None
+    if c.mup_embeddings_scale != 1.0:
+        wte, wpe = wte * c.mup_embeddings_scale, wpe * c.mup_embeddings_scale
+    if c.logits_scale != 1.0:  # the head is linear: its input may be scaled instead, in fp32
+        norm = tuple(p if p is None else p.float() * c.logits_scale for p in norm)
+    activation = _ACTIVATION_NAMES[c.activation_function]
+    eps = c.layer_norm_epsilon
+    return decoder.Parts(wte, wpe, layers, norm, head, c.n_head, eps, activation)
+
+
+def _decoder_layer(block) -> decoder.Layer | None:
+    parts = block._modules
+    attn, mlp = parts["attn"], parts["mlp"]
+    if not (
+        plain(block, FusedBlock)
+        and plain(attn, FusedCausalSelfAttention)
+        and plain(mlp, FusedMLP)
+        and block.kernel_backend in ("auto", "cpu")
+    ):
+        return None
+    found = (
+        operands(parts["ln_1"], FusedLayerNorm),
+        projection(attn._modules["c_attn"], FusedLinear),
+        projection(attn._modules["c_proj"], FusedLinear),
+        operands(parts["ln_2"], FusedLayerNorm),
+        projection(mlp._modules["c_fc"], FusedLinear),
+        projection(mlp._modules["c_proj"], FusedLinear),
+    )
+    return None if None in found else decoder.Layer(attn.scale, *found)
 
 
 CLASSES = {cls.original(): cls for cls in (FusedCausalSelfAttention, FusedMLP, FusedBlock)}

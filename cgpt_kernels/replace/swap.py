@@ -22,6 +22,8 @@ from torch.nn.modules.module import (
 )
 
 from cgpt_kernels import ops
+from cgpt_kernels.decoder import Projection
+from cgpt_kernels.replace.packing import current, packed
 
 # Weights whose memory an op may read. Subclasses (quantised, sharded) bring their own arithmetic.
 DENSE = frozenset((nn.Parameter, Tensor))
@@ -97,15 +99,40 @@ def idle(dropout: nn.Module) -> bool:
     return passes and unhooked(dropout)
 
 
+def multiply(
+    linear: nn.Module,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    backend: str,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """ops.gemm by a fused linear module's weight, or by its packed copy. x [..., K] -> [..., N]."""
+    layout, copy = linear.weight_layout, packed(linear, weight, x, backend)
+    if copy is not None:
+        weight, layout = copy, "nk"
+    return ops.gemm(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        residual=residual,
+        weight_layout=layout,
+        backend=backend,
+    )
+
+
 def project(linear: nn.Module, cls: type, x: Tensor, backend: str) -> Tensor:
     """linear(x) through the op where possible. x [..., K] -> [..., N].
 
-    cls: the fused class of `linear`, which names the layout of its weight.
+    cls: the fused class that `linear` must have.
     """
     wb = operands(linear, cls)
     if wb is None:
         return linear(x)
-    return ops.gemm(x, wb[0], wb[1], weight_layout=cls.weight_layout, backend=backend)
+    return multiply(linear, *wb, x, backend)
 
 
 def project_activate(
@@ -118,10 +145,9 @@ def project_activate(
     wb = operands(linear, cls)
     if wb is None:
         return activation(linear(x))
-    layout = cls.weight_layout
     if name is None:
-        return activation(ops.gemm(x, wb[0], wb[1], weight_layout=layout, backend=backend))
-    return ops.gemm(x, wb[0], wb[1], activation=name, weight_layout=layout, backend=backend)
+        return activation(multiply(linear, *wb, x, backend))
+    return multiply(linear, *wb, x, backend, activation=name)
 
 
 def project_add(
@@ -135,11 +161,24 @@ def project_add(
     if wb is None:
         return dropout(linear(x)), False
     if idle(dropout) and residual.dtype is x.dtype:
-        layout = cls.weight_layout
-        y = ops.gemm(x, wb[0], wb[1], residual=residual, weight_layout=layout, backend=backend)
-        return y, True
-    y = ops.gemm(x, wb[0], wb[1], weight_layout=cls.weight_layout, backend=backend)
-    return dropout(y), False
+        return multiply(linear, *wb, x, backend, residual=residual), True
+    return dropout(multiply(linear, *wb, x, backend)), False
+
+
+def projection(linear: nn.Module, cls: type) -> Projection | None:
+    """What a decoder multiplies by in place of `linear`; None where it must be called."""
+    wb = operands(linear, cls)
+    if wb is None or not (linear.packed_copy or wb[0].is_cpu):
+        return None
+    return Projection(current(linear, wb[0]) or wb[0].detach(), wb[1], cls.weight_layout)
+
+
+def table(embedding: nn.Module) -> Tensor | None:
+    """The rows of a plain nn.Embedding; None where it must be called."""
+    if not plain(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return None
+    wb = dense(embedding)
+    return None if wb is None or not wb[0].is_cpu else wb[0].detach()
 
 
 def norm(ln: nn.Module, cls: type, x: Tensor, backend: str) -> Tensor:

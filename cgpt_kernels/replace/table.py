@@ -8,19 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One module: its name in the model, its class, the class it got (None: left alone), why."""
+    """One module: its name in the model, its class, the class it got (None: left alone), why, and
+    the bytes that packed copies of its own weights take."""
 
     name: str
     cls: str
     replaced_by: str | None
     reason: str = ""
+    packed: int = 0
 
     @property
     def outcome(self) -> str:
         return self.replaced_by or "left alone"
 
 
-_COLUMNS = ("module", "class", "outcome", "reason")
+_COLUMNS = ("module", "class", "outcome", "packed", "reason")
 
 
 class Table(list[Row]):
@@ -37,14 +39,24 @@ class Table(list[Row]):
     def left_alone(self) -> list[Row]:
         return [row for row in self if not row.replaced_by]
 
-    def lines(self) -> list[tuple[str, str, str, str]]:
-        """Printable rows (module pattern, class, outcome, reason), layers of a list merged."""
-        count: dict[tuple[str, ...], int] = {}
+    @property
+    def packed(self) -> int:
+        """Bytes that packed copies of weights take in all."""
+        return sum(row.packed for row in self)
+
+    def lines(self) -> list[tuple[str, str, str, str, str]]:
+        """Printable rows (module pattern, class, outcome, packed, reason), layers of a list merged
+        and their bytes added."""
+        merged: dict[tuple[str, ...], list[int]] = {}
         for row in self:
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.name) or "(the model)"
-            key = (pattern, row.cls, row.outcome, row.reason)
-            count[key] = count.get(key, 0) + 1
-        return [(f"{key[0]} (x{n})" if n > 1 else key[0], *key[1:]) for key, n in count.items()]
+            merged.setdefault((pattern, row.cls, row.outcome, row.reason), []).append(row.packed)
+        lines = []
+        for (pattern, cls, outcome, reason), packed in merged.items():
+            name = f"{pattern} (x{len(packed)})" if len(packed) > 1 else pattern
+            size = f"{sum(packed) / 1e6:.1f} MB" if sum(packed) else ""
+            lines.append((name, cls, outcome, size, reason))
+        return lines
 
     def __str__(self) -> str:
         lines = [_COLUMNS, *self.lines()]

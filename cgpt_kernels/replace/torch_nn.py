@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cgpt_kernels import ops
+from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
     DENSE,
     Replaced,
     dense,
     idle,
+    multiply,
     norm,
     norm_sum,
     plain,
@@ -42,7 +44,7 @@ class FusedLayerNorm(nn.LayerNorm, Replaced):
         return ops.layer_norm(x, wb[0], wb[1], eps=self.eps, backend=self.kernel_backend)
 
 
-class FusedLinear(nn.Linear, Replaced):
+class FusedLinear(nn.Linear, Packable, Replaced):
     uses = ("gemm",)
     weight_layout = "nk"
 
@@ -54,7 +56,7 @@ class FusedLinear(nn.Linear, Replaced):
         wb = dense(self)
         if wb is None:
             return super().forward(x)
-        return ops.gemm(x, wb[0], wb[1], backend=self.kernel_backend)
+        return multiply(self, *wb, x, self.kernel_backend)
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention, Replaced):

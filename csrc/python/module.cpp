@@ -5,6 +5,7 @@
 #include "../cpu/isa.h"
 #include "bind_attention.h"
 #include "bind_cross_entropy.h"
+#include "bind_decoder.h"
 #include "bind_gemm.h"
 #include "bind_layer_norm.h"
 
@@ -37,5 +38,6 @@ PYBIND11_MODULE(_C, m) {
   cgpt::python::bind_attention(m);
   cgpt::python::bind_cross_entropy(m);
   cgpt::python::bind_gemm(m);
+  cgpt::python::bind_decoder(m);
   cgpt::python::bind_layer_norm(m);
 }

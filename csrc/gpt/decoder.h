@@ -1,0 +1,85 @@
+// The inference step of a GPT-2-class decoder in one call: embedding, all blocks over a KV cache,
+// the last layer norm and the head on each sequence's last position.
+//
+// It only composes ops, so it computes what the modules compute, without Python between them:
+// per token and layer that is 7 op calls of about 5 us of Python each, against 40 us of memory
+// traffic in a 111M model's smallest projection.
+//
+// B sequences, S new tokens each, T cached + new tokens, C width, H heads, D = C / H, V vocabulary.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../ops/attention/attention.h"
+#include "../ops/gemm/packed.h"
+#include "../ops/layer_norm/layer_norm.h"
+
+namespace cgpt {
+
+// A layer norm's parameters, [C] each, T or fp32.
+struct NormWeights {
+  TensorView weight, bias;
+};
+
+// A projection, packed or as its module stores it.
+struct Projection {
+  PackedWeight packed;  // used where `weight` is absent
+  TensorView weight;    // [N, K], or [K, N] where weight_kn
+  bool weight_kn = false;
+  TensorView bias;  // [N], T or fp32, or none
+  int64_t outputs() const { return weight ? weight.shape[weight_kn] : packed.N; }
+  int64_t inputs() const { return weight ? weight.shape[!weight_kn] : packed.K; }
+};
+
+struct DecoderLayer {
+  float attention_scale = 1.0f;
+  NormWeights norm1;
+  Projection qkv;   // C -> 3 C: q, k, v side by side
+  Projection proj;  // C -> C
+  NormWeights norm2;
+  Projection fc;   // C -> inner
+  Projection out;  // inner -> C
+};
+
+// Everything borrowed: the caller keeps the tensors alive and unchanged.
+struct DecoderWeights {
+  TensorView wte, wpe;  // [V, C], [positions, C], T
+  std::vector<DecoderLayer> layers;
+  NormWeights norm;  // the last one
+  Projection head;   // C -> V
+  int64_t heads = 1;
+  float eps = 1e-5f;
+  Activation activation = Activation::gelu;
+};
+
+struct DecoderStep {
+  TensorView ids;        // [B, S] int64
+  TensorView positions;  // [B, S] int64
+  TensorView padding;    // [B, T] bool, True hides a token, or none
+  TensorView keys;       // [L, B, H, capacity, D] T, of which `past` tokens are filled
+  TensorView values;     // likewise
+  int64_t past = 0;
+  TensorView logits;  // [B, V], T or fp32 (T where the head is not packed)
+};
+
+class Decoder {
+ public:
+  // Throws std::invalid_argument naming what does not fit.
+  explicit Decoder(DecoderWeights weights);
+
+  // Appends the step's keys and values to the cache and writes the last positions' logits. Buffers
+  // are kept from step to step, so that equal steps allocate nothing. Not for two threads at once.
+  void step(const DecoderStep& step);
+
+  const DecoderWeights& weights() const { return w_; }
+
+ private:
+  void check(const DecoderStep& step) const;
+
+  DecoderWeights w_;
+  int64_t inner_ = 0;
+  std::vector<uint8_t> buffer_;
+};
+
+}  // namespace cgpt

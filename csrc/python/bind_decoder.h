@@ -1,0 +1,85 @@
+#pragma once
+
+#include "../gpt/decoder.h"
+#include "bind_gemm.h"
+
+namespace cgpt::python {
+namespace {
+
+// How Python gives a projection: (tensor, "nk" | "kn", bias), or
+// (packed bytes, format, N, K, group, bias).
+Projection projection_of(const py::tuple& t) {
+  Projection p;
+  const auto data = t[0].cast<BorrowedTensor>();
+  if (t.size() == 3) {
+    p.weight = data;
+    p.weight_kn = t[1].cast<std::string>() == "kn";
+    if (p.weight.ndim != 2) fail("Decoder: a weight must have 2 dimensions");
+  } else if (t.size() == 6) {
+    p.packed = {weight_format_of(t[1].cast<std::string>()), t[2].cast<int64_t>(),
+                t[3].cast<int64_t>(), t[4].cast<int64_t>(), data.data};
+    packed_buffer_check("Decoder", data, p.packed);
+  } else {
+    fail("Decoder: a projection is a tuple of 3 (a weight) or 6 (a packed one), got " +
+         std::to_string(t.size()));
+  }
+  p.bias = t[t.size() - 1].cast<BorrowedTensor>();
+  return p;
+}
+
+NormWeights norm_of(const py::tuple& t) {
+  return {t[0].cast<BorrowedTensor>(), t[1].cast<BorrowedTensor>()};
+}
+
+Decoder make_decoder(Tensor wte, Tensor wpe, const py::list& layers, const py::tuple& norm,
+                     const py::tuple& head, int64_t heads, float eps,
+                     const std::string& activation) {
+  DecoderWeights w;
+  w.wte = wte, w.wpe = wpe;
+  for (const auto& item : layers) {
+    const auto l = item.cast<py::tuple>();
+    if (l.size() != 7) fail("Decoder: a layer is (scale, norm1, qkv, proj, norm2, fc, out)");
+    w.layers.push_back({l[0].cast<float>(), norm_of(l[1]), projection_of(l[2]), projection_of(l[3]),
+                        norm_of(l[4]), projection_of(l[5]), projection_of(l[6])});
+  }
+  w.norm = norm_of(norm);
+  w.head = projection_of(head);
+  w.heads = heads;
+  w.eps = eps;
+  w.activation = activation_of(activation);
+  return Decoder(std::move(w));
+}
+
+void decoder_step(Decoder& decoder, Tensor ids, Tensor positions, Tensor padding, Tensor keys,
+                  Tensor values, int64_t past, Tensor logits) {
+  py::gil_scoped_release release;
+  decoder.step({ids, positions, padding, keys, values, past, logits});
+}
+
+// A hash of up to 64 elements spread over a tensor: tells that a weight was changed in bulk.
+uint64_t fingerprint(Tensor t) {
+  const int64_t n = t.numel(), bytes = t.dtype == DType::f32 ? 4 : 2, samples = n < 64 ? n : 64;
+  if (!t || t.device != Device::cpu) fail("fingerprint: takes a tensor on cpu");
+  uint64_t hash = 1469598103934665603u;  // FNV-1a
+  for (int64_t i = 0; i < samples; ++i) {
+    int64_t index = samples > 1 ? i * (n - 1) / (samples - 1) : 0, offset = 0;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+      offset += index % t.shape[d] * t.strides[d];
+      index /= t.shape[d];
+    }
+    for (int64_t b = 0; b < bytes; ++b)
+      hash = (hash ^ t.as<const uint8_t>()[offset * bytes + b]) * 1099511628211u;
+  }
+  return hash;
+}
+
+}  // namespace
+
+inline void bind_decoder(py::module_& m) {
+  py::class_<Decoder>(m, "Decoder", "The inference step of a GPT-2-class model in one call.")
+      .def(py::init(&make_decoder))
+      .def("step", &decoder_step);
+  m.def("fingerprint", &fingerprint);
+}
+
+}  // namespace cgpt::python
