@@ -1,7 +1,8 @@
-// AMX tiles for bf16 products: one thread's eight tile registers, as an object.
+// AMX tiles for bf16 and 8-bit products: one thread's eight tile registers, as an object.
 //
-// A tile is 16 rows of 64 bytes: 16 x 32 bf16 of A, 16 k-pairs x 16 columns x 2 of B (the VNNI
-// order), or 16 x 16 fp32 of C. Numbers here: 0-3 accumulate, 4-5 hold A, 6-7 hold B.
+// A tile is 16 rows of 64 bytes: 16 x 32 bf16 (16 x 64 bytes) of A, 16 k-pairs x 16 columns x 2
+// (16 k-quads x 16 columns x 4) of B, the VNNI order, or 16 x 16 fp32 (int32) of C. Numbers here:
+// 0-3 accumulate, 4-5 hold A, 6-7 hold B.
 //
 // Under CGPT_AMX_EMULATED the same operations run on arrays, so that the callers' addressing is
 // tested on processors without AMX.
@@ -51,6 +52,18 @@ class AmxTiles {
       }
       __builtin_memcpy(data_[c][r], &sum, 64);
     }
+  }
+  // c += a b over 64 of k, integers: a unsigned, b signed
+  template <int c, int a, int b>
+  void multiply_add_u8s8() {
+    for (int r = 0; r < rows_[c]; ++r)
+      for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < 16; ++n)
+          for (int i = 0; i < 32; i += 8) {
+            const int x = data_[a][r][k] >> i & 255;
+            const int w = static_cast<int8_t>(data_[b][k][n] >> i & 255);
+            data_[c][r][n] += static_cast<uint32_t>(x * w);
+          }
   }
 
  private:
@@ -109,6 +122,11 @@ class AmxTiles {
   template <int c, int a, int b>
   CGPT_INLINE void multiply_add() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+  }
+  // c += a b over 64 of k, integers: a unsigned, b signed
+  template <int c, int a, int b>
+  CGPT_INLINE void multiply_add_u8s8() {
+    __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
   }
 };
 

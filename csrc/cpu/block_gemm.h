@@ -82,17 +82,26 @@ inline void tile_gemm_rows(int64_t M, int64_t K, const C* a, int64_t lda, const 
 }
 
 #if CGPT_TIER_LEVEL >= 4
+// bf16 times bf16 sums in fp32, unsigned times signed bytes in int32.
+template <int c, int a, int b, class C>
+CGPT_INLINE void amx_multiply_add(AmxTiles& tiles, const C*) {
+  if constexpr (sizeof(C) == 2) tiles.template multiply_add<c, a, b>();
+  else tiles.template multiply_add_u8s8<c, a, b>();
+}
+
 // `rows` rows of A, 17 to 32 when `two`, else 1 to 16, times all panels: the rows stay in L1 while
 // the panels stream from L2. Tiles that stick out of C's columns go through a block on the stack.
-template <bool two>
-inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, const bf16* a,
-                          int64_t lda, const bf16* b, float* c, int64_t ldc, bool accumulate) {
-  const int64_t a_bytes = lda * 2, b_bytes = kNR * 4;
-  alignas(64) float edge[32][kNR];
+// C is fp32, or int32 where A and B are bytes.
+template <bool two, class C, class B, class Sum>
+inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, const C* a, int64_t lda,
+                          const B* b, Sum* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t kDepth = 64 / sizeof(C);  // k of one tile
+  const int64_t a_bytes = lda * static_cast<int64_t>(sizeof(C)), b_bytes = kNR * 4;
+  alignas(64) Sum edge[32][kNR];
   for (int64_t n0 = 0; n0 < N; n0 += kNR) {
     const int64_t columns = N - n0;
     const bool whole = columns >= kNR;
-    float* out = whole ? c + n0 : edge[0];
+    Sum* out = whole ? c + n0 : edge[0];
     const int64_t ldo = whole ? ldc : kNR;
     if (accumulate && whole) {
       tiles.template load<0>(out, ldo * 4);
@@ -109,20 +118,21 @@ inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, cons
         tiles.template zero<3>();
       }
     }
-    const bf16* panel = b + n0 * Kp;
-    for (int64_t k = 0; k < Kp; k += 32, panel += 32 * kNR) {
+    const B* panel = b + n0 * Kp;
+    for (int64_t k = 0; k < Kp; k += kDepth, panel += kDepth * kNR) {
       // The next step's B, 32 lines, on its way from L2 while this step multiplies.
   #pragma GCC unroll 32
-      for (int line = 0; line < 32; ++line) __builtin_prefetch(panel + 32 * (kNR + line));
+      for (int line = 0; line < 32; ++line)
+        __builtin_prefetch(panel + kDepth * kNR + line * kDepth);
       tiles.template load<6>(panel, b_bytes);
       tiles.template load<4>(a + k, a_bytes);
-      tiles.template multiply_add<0, 4, 6>();
-      tiles.template load<7>(panel + 32, b_bytes);
-      tiles.template multiply_add<1, 4, 7>();
+      amx_multiply_add<0, 4, 6>(tiles, a);
+      tiles.template load<7>(panel + kDepth, b_bytes);
+      amx_multiply_add<1, 4, 7>(tiles, a);
       if constexpr (two) {
         tiles.template load<5>(a + 16 * lda + k, a_bytes);
-        tiles.template multiply_add<2, 5, 6>();
-        tiles.template multiply_add<3, 5, 7>();
+        amx_multiply_add<2, 5, 6>(tiles, a);
+        amx_multiply_add<3, 5, 7>(tiles, a);
       }
     }
     tiles.template store<0>(out, ldo * 4);
@@ -131,14 +141,16 @@ inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, cons
       tiles.template store<2>(out + 16 * ldo, ldo * 4);
       tiles.template store<3>(out + 16 * ldo + 16, ldo * 4);
     }
-    if (whole) continue;
-    for (int i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        VecF v = load(edge[i] + j);
-        float* p = c + i * ldc + n0 + j;
-        if (accumulate) v += load_n(p, columns - j);
-        store_n(p, v, columns - j);
-      }
+    if constexpr (sizeof(C) == 2) {
+      if (whole) continue;
+      for (int i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; j += kLanes) {
+          VecF v = load(edge[i] + j);
+          float* p = c + i * ldc + n0 + j;
+          if (accumulate) v += load_n(p, columns - j);
+          store_n(p, v, columns - j);
+        }
+    }
   }
 }
 

@@ -113,6 +113,9 @@ inline void packed_weight_check(const Checker& c, const PackedWeight& w) {
                                       " and " + std::to_string(w.K));
   c.require(w.format != WeightFormat::int4 || w.group == 32 || w.group == 64,
             "group must be 32 or 64, got " + std::to_string(w.group));
+  // 255 * 127 * K must fit the 32 bits in which products of bytes are summed.
+  c.require(w.format != WeightFormat::int8 || w.K <= 65536,
+            "K must be at most 65536 for int8, got " + std::to_string(w.K));
 }
 
 inline void packed_gemm_check(const PackedGemmArgs& a) {

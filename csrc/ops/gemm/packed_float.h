@@ -19,7 +19,6 @@ constexpr int kAhead = 4096;
 
 // The kernels of packed_gemm_cpu.cpp offer, for rows and panels of one product:
 //   kRowTile         rows that one pass over a panel takes
-//   kInPlace         whether panels are read as they lie
 //   row_bytes()      bytes of one prepared row of x
 //   block_bytes()    bytes of one panel that the passes over it read
 //   prepare(x, row)  one row of x into its prepared form
@@ -39,7 +38,6 @@ class FloatKernel {
                 static_cast<int64_t>(sizeof(C))),
         panel_bytes_(panel_bytes(w.format, w.K, w.group)) {}
 
-  bool in_place() const { return in_place_; }
   int64_t row_bytes() const { return stride_ * static_cast<int64_t>(sizeof(C)); }
   int64_t block_bytes() const { return depth_ * kPanelColumns * static_cast<int64_t>(sizeof(C)); }
 
@@ -62,7 +60,7 @@ class FloatKernel {
     return out;
   }
 
-  void multiply(int64_t rows, const void* a, int64_t, int64_t count, const void* b, float* c,
+  void multiply(int64_t rows, const void* a, int64_t count, const void* b, float* c,
                 int64_t ldc) const {
     const C* panels = static_cast<const C*>(b);
     const C* x = static_cast<const C*>(a);

@@ -9,6 +9,7 @@
 #include "../../cpu/parallel.h"
 #include "gemm_epilogue.h"
 #include "packed_float.h"
+#include "packed_int8.h"
 
 namespace cgpt::CGPT_TIER {
 namespace {
@@ -59,7 +60,7 @@ void multiply_part(const Kernel& kernel, const Problem<T, Y>& p, const char* row
     const int64_t tiles = divide_up(i1 - i0, tile);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = i0 + (i1 - i0) * t / tiles, next = i0 + (i1 - i0) * (t + 1) / tiles;
-      kernel.multiply(next - i, rows + (i - base) * kernel.row_bytes(), panel, count, b, c, ldc);
+      kernel.multiply(next - i, rows + (i - base) * kernel.row_bytes(), count, b, c, ldc);
       finish(p, i, next - i, n0, columns, c, ldc);
     }
   }
@@ -108,6 +109,10 @@ void packed_gemm(const PackedGemmArgs& a) {
   const Problem<T, Y> p(a);
   if (p.M == 0 || p.panels == 0) return;
 #if CGPT_TIER_LEVEL >= 3
+  if (p.weight.format == WeightFormat::int8) {
+    if (p.M <= kFewRows) return run(Int8Kernel<true>(p.weight), p);
+    return run(Int8Kernel<false>(p.weight), p);
+  }
   if constexpr (__is_same(T, bf16))
     if (p.weight.format == WeightFormat::bf16 || p.weight.format == WeightFormat::int4)
       return run(FloatKernel<bf16>(p.weight), p);

@@ -1,0 +1,160 @@
+// int8 panels times quantized rows: unsigned bytes of x (q + 128) against signed bytes of W, summed
+// exactly in int32 by vpdpbusd or AMX tiles. The 128 is taken off with the column sums that lie
+// behind each panel: sum (q + 128) w = sum q w + 128 sum w.
+//
+// One line of W, 16 columns x 4 k, costs one instruction per byte row of x; memory brings a line
+// every 13 cycles, so that 15-bit rows (two byte rows each) stay in its shadow up to 6 rows of x.
+#pragma once
+
+#include "../../cpu/block_gemm.h"
+#include "../../cpu/scratch.h"
+#include "packed_float.h"
+#include "packed_quantize.h"
+
+#if CGPT_TIER_LEVEL >= 3
+namespace cgpt::CGPT_TIER {
+namespace {
+
+// c[row] = scales * sums; with `digits` byte rows 2 i and 2 i + 1 hold row i's h and l.
+template <bool digits>
+CGPT_INLINE void store_int8(const __m512i* sums, const Int8Tail& tail, int half, float scale,
+                            float* c) {
+  const __m512i comp = _mm512_slli_epi32(_mm512_loadu_si512(tail.sum + half * kLanes), 7);
+  VecF v = bit_cast<VecF>(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[0], comp)));
+  if constexpr (digits) {
+    const VecF low = bit_cast<VecF>(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[1], comp)));
+    v = fmadd(v, set1(128.0f), low);
+  }
+  store(c + half * kLanes, v * set1(scale) * load(tail.scale + half * kLanes));
+}
+
+CGPT_INLINE float row_scale(const uint8_t* row, int64_t Kp) {
+  float scale;
+  __builtin_memcpy(&scale, row + Kp, 4);
+  return scale;
+}
+
+// One register tile: `rows` byte rows x 32 columns over the whole of K.
+template <int rows, bool digits>
+CGPT_INLINE void int8_tile(int64_t Kp, const uint8_t* a, int64_t lda, const int8_t* panel, float* c,
+                           int64_t ldc) {
+  __m512i acc[2][rows] = {};
+  for (int64_t k = 0; k < Kp; k += 4) {
+    const int8_t* lines = panel + k * kColumns;
+    prefetch_step<128, kAhead>(lines);
+    const __m512i b0 = _mm512_loadu_si512(lines), b1 = _mm512_loadu_si512(lines + 64);
+  #pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      int32_t quad;
+      __builtin_memcpy(&quad, a + i * lda + k, 4);
+      const __m512i x = _mm512_set1_epi32(quad);
+      acc[0][i] = _mm512_dpbusd_epi32(acc[0][i], x, b0);
+      acc[1][i] = _mm512_dpbusd_epi32(acc[1][i], x, b1);
+    }
+  }
+  Int8Tail tail;
+  __builtin_memcpy(&tail, panel + Kp * kColumns, sizeof(tail));
+  constexpr int step = digits ? 2 : 1;
+  #pragma GCC unroll 16
+  for (int i = 0; i < rows; i += step)
+    for (int half = 0; half < 2; ++half)
+      store_int8<digits>(acc[half] + i, tail, half, row_scale(a + i * lda, Kp), c + i / step * ldc);
+}
+
+template <int rows, bool digits>
+inline void int8_tile_rows(int64_t M, int64_t Kp, const uint8_t* a, int64_t lda,
+                           const int8_t* panel, float* c, int64_t ldc) {
+  constexpr int step = digits ? 2 : 1;
+  if (M == rows) return int8_tile<rows, digits>(Kp, a, lda, panel, c, ldc);
+  if constexpr (rows > step) int8_tile_rows<rows - step, digits>(M, Kp, a, lda, panel, c, ldc);
+}
+
+  #if CGPT_TIER_LEVEL >= 4
+// Up to 32 byte rows x 32 columns on tiles.
+template <bool digits>
+inline void int8_amx_panel(AmxTiles& tiles, int rows, int64_t Kp, const uint8_t* a, int64_t lda,
+                           const int8_t* panel, float* c, int64_t ldc) {
+  alignas(64) int32_t sums[32][kColumns];
+  if (rows > 16)
+    amx_gemm_rows<true>(tiles, rows, kColumns, Kp, a, lda, panel, sums[0], kColumns, false);
+  else amx_gemm_rows<false>(tiles, rows, kColumns, Kp, a, lda, panel, sums[0], kColumns, false);
+  Int8Tail tail;
+  __builtin_memcpy(&tail, panel + Kp * kColumns, sizeof(tail));
+  constexpr int step = digits ? 2 : 1;
+  for (int i = 0; i < rows; i += step)
+    for (int half = 0; half < 2; ++half) {
+      const __m512i pair[2] = {_mm512_loadu_si512(sums[i] + half * kLanes),
+                               _mm512_loadu_si512(sums[i + step - 1] + half * kLanes)};
+      store_int8<digits>(pair, tail, half, row_scale(a + i * lda, Kp), c + i / step * ldc);
+    }
+}
+  #endif
+
+// `digits`: rows of 15 bits, as two byte rows h and l; otherwise of 8.
+template <bool digits>
+class Int8Kernel {
+ public:
+  static constexpr int64_t kRowTile = kHasAmx ? 32 : kMR;
+
+  explicit Int8Kernel(const PackedWeight& w)
+      : weight_(w),
+        depth_(packed_k(w.format, w.K, w.group)),
+        // Room for the scale behind the bytes, and an odd number of lines.
+        stride_((depth_ / 64 / 2 * 2 + 3) * 64),
+        panel_bytes_(panel_bytes(w.format, w.K, w.group)) {}
+
+  int64_t row_bytes() const { return kStep * stride_; }
+  int64_t block_bytes() const { return panel_bytes_; }
+
+  template <class T>
+  void prepare(const T* x, void* row) const {
+    uint8_t* first = static_cast<uint8_t*>(row);
+    uint8_t* low = digits ? first + stride_ : first;
+    const float scale = quantize_row(x, weight_.K, depth_, 128, digits ? first : nullptr, low,
+                                     [](int64_t, __m512i) {});
+    __builtin_memcpy(first + depth_, &scale, 4);
+  }
+
+  const void* block(int64_t panel, int64_t) const {
+    return static_cast<const char*>(weight_.data) + panel * panel_bytes_;
+  }
+
+  void multiply(int64_t rows, const void* a, int64_t count, const void* b, float* c,
+                int64_t ldc) const {
+    const uint8_t* x = static_cast<const uint8_t*>(a);
+    const int8_t* panels = static_cast<const int8_t*>(b);
+    const int64_t byte_rows = rows * kStep;
+  #if CGPT_TIER_LEVEL >= 4
+    // Sums are exact either way; up to here the dot product keeps pace with memory.
+    if (byte_rows > 8) {
+      for (int64_t i = 0; i < byte_rows; i += 32) {
+        const int height = static_cast<int>(byte_rows - i < 32 ? byte_rows - i : 32);
+        AmxTiles tiles(height < 16 ? height : 16, height < 16 ? 0 : height - 16);
+        for (int64_t p = 0; p < count; ++p)
+          int8_amx_panel<digits>(tiles, height, depth_, x + i * stride_, stride_,
+                                 panels + p * panel_bytes_, c + i / kStep * ldc + p * kPanelColumns,
+                                 ldc);
+      }
+      return;
+    }
+  #endif
+    constexpr int64_t kTile = kMR / kStep;
+    const int64_t tiles = (rows + kTile - 1) / kTile;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = rows * t / tiles, height = rows * (t + 1) / tiles - i;
+      for (int64_t p = 0; p < count; ++p)
+        int8_tile_rows<kMR, digits>(height * kStep, depth_, x + i * kStep * stride_, stride_,
+                                    panels + p * panel_bytes_, c + i * ldc + p * kPanelColumns,
+                                    ldc);
+    }
+  }
+
+ private:
+  static constexpr int64_t kStep = digits ? 2 : 1;
+  PackedWeight weight_;
+  int64_t depth_, stride_, panel_bytes_;
+};
+
+}  // namespace
+}  // namespace cgpt::CGPT_TIER
+#endif
