@@ -246,27 +246,67 @@ def bench_command(
     threads: _Threads = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON file; ops in a checkout default to bench/results/<machine>/."),
+        typer.Option(help="JSON file; ops and peers default to bench/results/<machine>/."),
     ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="e2e only: other systems too, e.g. all, all:bf16, openvino:int8."),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="With --peers: turns of each system; default 5.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=3, help="With --peers: tokens written; default 32.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="With --peers: every work in every format.")
+    ] = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="With --peers: convert and compile only.")
+    ] = False,
 ) -> None:
-    """Ops against eager, torch.compile and the bound; or e2e, a whole model against eager.
+    """Ops against eager, torch.compile and the bound; or e2e: whole models against eager or peers.
 
     \b
     cgpt-kernels bench                                   every op, fp32 and bf16
     cgpt-kernels bench gemm attention --dtype bf16 --no-compile
     cgpt-kernels bench e2e --model cerebras-gpt-256m --out e2e.json
+    cgpt-kernels bench e2e --peers all --prepare         converts and compiles, measures nothing
+    cgpt-kernels bench e2e --model cerebras-gpt-111m --peers all
+    cgpt-kernels bench e2e --peers openvino:int8,llama_cpp:int8 --rounds 3
     """
     what = what or []
+    if peers is None and (rounds or new_tokens or everything or prepare):
+        raise ValueError("bench: --rounds, --new-tokens, --everything, --prepare need --peers")
     dtypes = [d.value for d in dtype or (Dtype.fp32, Dtype.bf16)]
     if "e2e" in what:
         if what != ["e2e"]:
             raise ValueError(f"bench: e2e runs alone, got {' '.join(what)}")
         if compile is not None:
             raise ValueError("bench: e2e compares with eager only, it takes no --compile")
-        red = _bench_end_to_end(model or "cerebras-gpt-111m", dtypes, threads, out)
+        if peers is not None:
+            if dtype:
+                raise ValueError("bench: with --peers a format is named as in --peers all:bf16")
+            from . import bench_e2e
+
+            red = not bench_e2e.run(
+                _console(),
+                model=model or "cerebras-gpt-111m",
+                peers=peers,
+                rounds=rounds or 5,
+                new_tokens=new_tokens or 32,
+                threads=threads,
+                out=out,
+                everything=everything,
+                prepare=prepare,
+            )
+        else:
+            red = _bench_end_to_end(model or "cerebras-gpt-111m", dtypes, threads, out)
     else:
         if model is not None:
             raise ValueError("bench: --model is for e2e, ops have their own cases")
+        if peers is not None:
+            raise ValueError("bench: --peers is for e2e, ops have their own cases")
         from . import bench
 
         rows = bench.run(what or None, dtypes, threads, out, compile is not False)

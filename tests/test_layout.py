@@ -17,7 +17,7 @@ FLOORS = [
     {"ops"},
     {"gpt", "decoder"},
     {"replace", "bench"},
-    {"generate", "quantize"},
+    {"generate", "quantize", "bench_e2e"},
     {"doctor"},
     {"demo"},
     {"cli"},
