@@ -119,7 +119,7 @@ def ninja_text(out, includes, nvcc):
             lines.append(f"  flags = {flags}")
         objects.append(target)
 
-    for source in [*sources("cpu/*.cpp"), *sources("gpt/*.cpp")]:
+    for source in [*sources("cpu/*.cpp"), *sources("gpt/*.cpp"), *sources("wafer/*.cpp")]:
         add("cxx", source)
     for source in sources("python/*.cpp"):
         add("cxx", source, flags=binding)

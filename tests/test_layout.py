@@ -14,6 +14,7 @@ OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "op.py").exists
 FLOORS = [
     {"_C", "checks", "checkpoint", "triton_substrate"},
     {"backends", "testing", "timing"},
+    {"wafer"},
     {"ops"},
     {"gpt", "decoder"},
     {"replace", "bench"},

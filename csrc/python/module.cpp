@@ -8,6 +8,7 @@
 #include "bind_decoder.h"
 #include "bind_gemm.h"
 #include "bind_layer_norm.h"
+#include "bind_wafer.h"
 
 namespace py = pybind11;
 
@@ -40,4 +41,5 @@ PYBIND11_MODULE(_C, m) {
   cgpt::python::bind_gemm(m);
   cgpt::python::bind_decoder(m);
   cgpt::python::bind_layer_norm(m);
+  cgpt::python::bind_wafer(m);
 }

@@ -1,0 +1,220 @@
+"""What is known of the machines: the only home of hardware numbers, each with unit, source and tag.
+
+Tags: "published" (vendor documents, papers, public source code), "derived" (computed from published
+numbers), "assumed" (chosen here, because nothing is published), "fitted" (set so that one named
+published row comes out; at most one per generation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+TAGS = ("published", "derived", "assumed", "fitted")
+
+# Elements per cycle of the vector builtins, by destination and operand types.
+_RATES_WSE2 = {
+    "fmach": 4, "fmachs": 2, "fmacs": 1,
+    "faddh": 4, "fmulh": 4, "fmovh": 4, "fadds": 2, "fmuls": 2, "fmovs": 2,
+    "fmaxh": 1, "fmaxs": 1, "fh2s": 1, "fs2h": 1,
+}  # fmt: skip
+_RATES_WSE3 = {
+    "fmach": 8, "fmachs": 4, "fmacs": 1,
+    "faddh": 8, "fmulh": 8, "fmovh": 8, "fadds": 4, "fmuls": 4, "fmovs": 4,
+    "fmaxh": 8, "fmaxs": 4, "fh2s": 4, "fs2h": 4,
+}  # fmt: skip
+
+
+def _f(unit: str, what: str, default=dataclasses.MISSING):
+    return field(default=default, metadata={"unit": unit, "what": what})
+
+
+@dataclass(frozen=True)
+class WaferSpec:
+    """One machine, real or imagined. `dataclasses.replace(ck.wafer.WSE2, hop=2)` makes another.
+
+    provenance: field name -> (tag, source); what is missing there counts as assumed.
+    """
+
+    name: str = _f("", "name")
+    columns: int = _f("cores", "widest usable rectangle")
+    rows: int = _f("cores", "highest usable rectangle")
+    clock_hz: float = _f("Hz", "clock; cycles are what is modelled, seconds follow from this")
+    hop: int = _f("cycles", "router to router")
+    ramp: int = _f("cycles", "router to core, and core to router (T_R)")
+    stop: int = _f("cycles", "of a vector instruction, from operand in to result out")
+    rates: Mapping[str, int] = _f("elements/cycle", "vector builtins, operands aligned")
+    sram_bytes: int = _f("bytes", "memory of a core", 48 * 1024)
+    sram_reserved: int = _f("bytes", "of it not for programs and data", 1024)
+    stack_bytes: int = _f("bytes", "stack of a core's program", 4096)
+    code_bytes: int = _f("bytes", "code and tables of a kernel", 8192)
+    banks: int = _f("", "memory banks of a core", 8)
+    colours: int = _f("", "colours that a program may route", 21)
+    switch_positions: int = _f("", "routes that one colour can switch between", 4)
+    input_queues: int = _f("", "colours that one core can receive", 8)
+    microthreads: int = _f("", "vector instructions running beside the main thread", 8)
+    router_queue: int = _f("wavelets", "waiting room per port and colour of a router", 2)
+    core_queue: int = _f("wavelets", "waiting room per colour before a core", 4)
+    vector_start: int = _f("cycles", "from issue to first element of a vector instruction", 1)
+    async_start: int = _f("cycles", "the same for one given to a microthread", 5)
+    task_start: int = _f("cycles", "from the end of a task to the next one's first instruction", 0)
+    task_relay: int = _f("cycles", "software of a stop that is a task: re-arm, call back", 84)
+    loop_scalar: int = _f("cycles", "scalar loop around a vector instruction, plain code", 43)
+    loop_tuned: int = _f("cycles", "the same where descriptors advance in hardware", 6)
+    collective_call: int = _f("cycles", "software around one collective of a whole program", 0)
+    launch: int = _f("cycles", "host launch, start and stop of the counter in a timed program", 0)
+    io_bits: float = _f("bits/s", "all links to the outside together", 1.2e12)
+    sram_total: float = _f("bytes", "memory of the whole wafer, as advertised", 40e9)
+    provenance: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            least = {"hop": 1, "ramp": 1, "router_queue": 2, "core_queue": 2, "rows": 1}
+            if f.name in ("name", "rates", "provenance"):
+                continue
+            if value < least.get(f.name, 0):
+                raise ValueError(
+                    f"WaferSpec: {f.name} must be at least {least.get(f.name, 0)}, got {value!r}"
+                )
+        missing = sorted(_RATES_WSE2.keys() - self.rates.keys())
+        if missing:
+            raise ValueError(f"WaferSpec: rates must name {', '.join(missing)} too")
+        for name, (tag, _) in self.provenance.items():
+            if tag not in TAGS or name not in {f.name for f in dataclasses.fields(self)}:
+                raise ValueError(f"WaferSpec: bad provenance of {name!r}: {tag!r}")
+
+    def __hash__(self):
+        return hash((self.name, self.columns, self.rows, self.hop, self.ramp, self.clock_hz))
+
+    @property
+    def data_bytes(self) -> int:
+        """SRAM of a core left for data."""
+        return self.sram_bytes - self.sram_reserved - self.stack_bytes - self.code_bytes
+
+    @property
+    def fp16_flops(self) -> float:
+        """Dense fp16 peak of the usable rectangle, FLOP/s."""
+        return 2.0 * self.columns * self.rows * self.rates["fmach"] * self.clock_hz
+
+    def seconds(self, cycles: float) -> float:
+        return cycles / self.clock_hz
+
+    def check_grid(self, op: str, rows: int, columns: int) -> None:
+        """ValueError unless the usable rectangle holds a grid of this many cores."""
+        ok = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
+        if not ok or rows > self.rows or columns > self.columns:
+            raise ValueError(
+                f"{op}: grid must be (rows, columns) within {self.name}'s usable "
+                f"({self.rows}, {self.columns}) cores, got ({rows}, {columns})"
+            )
+
+    def vector_cycles(
+        self,
+        builtin: str,
+        length: int,
+        *,
+        strides: tuple[int, ...] = (1, 1),
+        banks: tuple[int, int] | None = None,
+    ) -> int:
+        """Cycles of one vector instruction on operands in memory, from issue to the last element.
+
+        Args:
+            builtin: a key of `rates`, e.g. "fmach".
+            length: elements.
+            strides: of its operands, in 32-bit words; powers of two lose bandwidth.
+            banks: of the two operands that are read; the same bank modulo 4 halves the rate.
+        """
+        if builtin not in self.rates:
+            raise ValueError(
+                f"WaferSpec: no builtin {builtin!r}, known are {', '.join(self.rates)}"
+            )
+        rate = self.rates[builtin]
+        for stride in strides:
+            if stride in (0, 1):
+                continue
+            at_most = {0: 1, 1: 2, 7: 2, 4: 2}.get(stride % 8, rate)
+            rate = min(rate, at_most)
+        cycles = -(-length // rate)
+        if banks is not None and banks[0] % 4 == banks[1] % 4:
+            cycles *= 2
+        return self.vector_start + cycles
+
+    def constants(self):
+        """Rows (name, value, unit, tag, source, what) of every constant."""
+        for f in dataclasses.fields(self):
+            if f.name in ("name", "provenance"):
+                continue
+            tag, source = self.provenance.get(f.name, ("assumed", "no published number"))
+            yield f.name, getattr(self, f.name), f.metadata["unit"], tag, source, f.metadata["what"]
+
+
+_SDK = "vendor SDK documentation"
+_REDUCE = "Luczynski et al., HPDC'24, arXiv 2404.15888"
+_WAFERLLM = "WaferLLM, OSDI'25, arXiv 2502.04563"
+_CSL = "public csl experiments"
+_SHARED = {
+    "sram_bytes": ("published", _SDK),
+    "sram_reserved": ("derived", "a public full-wafer WSE-3 program: 48,128 B usable"),
+    "stack_bytes": ("published", "the same program: stack of 4,096 B"),
+    "banks": ("published", _SDK),
+    "colours": ("published", f"{_SDK}: 24, of which the host-copy runtime reserves 21 to 23"),
+    "switch_positions": ("published", _SDK),
+    "input_queues": ("published", f"{_SDK}: WSE-2 any colour, WSE-3 8 queues"),
+    "microthreads": ("published", _SDK),
+    "io_bits": ("published", "vendor: 12 x 100 GbE"),
+    "loop_scalar": ("published", f"{_CSL}: 12 + 8 + 8 + 7 + 5 + 3 cycles around @fmacs"),
+    "rates": ("published", f"{_SDK}, appendix"),
+    "sram_total": ("published", "vendor"),
+}
+
+WSE2 = WaferSpec(
+    name="WSE-2",
+    columns=750,
+    rows=994,
+    clock_hz=1.1e9,
+    hop=1,
+    ramp=2,
+    stop=1,
+    rates=_RATES_WSE2,
+    input_queues=24,
+    collective_call=500,
+    provenance={
+        **_SHARED,
+        "columns": ("published", f"{_SDK}: 750 x 994"),
+        "rows": ("published", f"{_SDK}: 750 x 994"),
+        "clock_hz": ("published", f"{_WAFERLLM}'s scripts; 0.85 GHz is published elsewhere"),
+        "hop": ("published", _REDUCE),
+        "ramp": ("published", _REDUCE),
+        "stop": ("published", f"{_REDUCE}: 2 T_R + 1 per software stop"),
+        "vector_start": ("derived", f"{_CSL}: @fmacs on 14 elements takes 15 cycles"),
+        "async_start": ("derived", f"{_CSL}: asynchronous send of 196 words takes 201 cycles"),
+    },
+)
+
+WSE3 = WaferSpec(
+    name="WSE-3",
+    columns=750,
+    rows=1160,
+    clock_hz=1.1e9,
+    hop=1,
+    ramp=2,
+    stop=1,
+    rates=_RATES_WSE3,
+    sram_total=44e9,
+    provenance={
+        **_SHARED,
+        "columns": ("published", "public full-wafer program: 750 x 1160"),
+        "rows": ("published", "public full-wafer program: 750 x 1160"),
+    },
+)
+PRESETS = {"wse2": WSE2, "wse3": WSE3}
+
+
+def preset(name: str) -> WaferSpec:
+    """WSE2 or WSE3 by name, as the command line takes it."""
+    key = name.lower().replace("-", "")
+    if key not in PRESETS:
+        raise ValueError(f"wafer: spec must be {' or '.join(PRESETS)}, got {name!r}")
+    return PRESETS[key]
