@@ -24,6 +24,44 @@ constexpr int kAhead = 4096;
 //   prepare(x, row)  one row of x into its prepared form
 //   block(...)       `count` panels from `panel` on, ready to be multiplied
 //   multiply(...)    c[rows, count * 32] = x W^T in fp32 for prepared rows
+#if CGPT_TIER_LEVEL >= 3
+// An int4 panel as bf16 pairs, dequantized. A group is a whole number of AMX steps of 32, so K
+// padded to either ends in zeros of its own.
+inline void int4_to_pairs(const PackedWeight& w, const void* panel, bf16* dst) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i interleave = _mm512_load_si512(kInterleave);
+  // The permutation looks at the low four bits of each lane only: no masking, no subtraction.
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const int64_t depth = round_up(w.K, 32);
+  const uint8_t* bytes = static_cast<const uint8_t*>(panel);
+  for (int64_t g = 0; g < depth; g += w.group, bytes += group_bytes(w.group)) {
+    const bf16* stored = reinterpret_cast<const bf16*>(bytes + w.group / 2 * kColumns);
+    const VecF scale[2] = {load(stored), load(stored + kLanes)};
+    const int64_t end = g + w.group < depth ? g + w.group : depth;
+    for (int64_t k = g; k < end; k += 8)
+  #pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m512i word = _mm512_loadu_si512(bytes + (k - g) * 16 + half * 64);
+        // Bits of k, k + 1 .. k + 7 of the group of eight.
+        constexpr int kShift[8] = {0, 8, 16, 24, 4, 12, 20, 28};
+  #pragma GCC unroll 4
+        for (int r = 0; r < 8; r += 2) {
+          const auto value = [&](int shift) __attribute__((always_inline)) {
+            const __m512i index = _mm512_srli_epi32(word, static_cast<unsigned>(shift));
+            return bit_cast<__m512>(bit_cast<VecF>(_mm512_permutexvar_ps(index, values)) *
+                                    scale[half]);
+          };
+          const auto both = _mm512_cvtne2ps_pbh(value(kShift[r + 1]), value(kShift[r]));
+          _mm512_storeu_si512(dst + ((k + r) * kColumns + half * 2 * kLanes),
+                              _mm512_permutexvar_epi16(interleave, bit_cast<__m512i>(both)));
+        }
+      }
+  }
+}
+#endif
+
 template <class C>
 class FloatKernel {
  public:
@@ -120,6 +158,9 @@ class FloatKernel {
     if constexpr (sizeof(C) == 4) {
       decode_panel(weight_, panel, 0, weight_.K, out);
     } else {
+#if CGPT_TIER_LEVEL >= 3
+      if (weight_.format == WeightFormat::int4) return int4_to_pairs(weight_, panel, out);
+#endif
       decode_panel(weight_, panel, 0, weight_.K, wide);
       encode_pairs(wide, weight_.K, depth_, out);
     }
