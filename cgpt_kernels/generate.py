@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import decoder
+from . import backends, decoder
 from .gpt import GPT, check_token_ids
 from .replace import decoder_parts
 
@@ -167,6 +167,12 @@ def _choose(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tens
     """One token per row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
+    if logits.is_cpu and backends._C is not None:
+        B = logits.shape[0]
+        u = torch.rand(B, dtype=torch.float64, generator=generator)
+        chosen = torch.empty(B, dtype=torch.int64)
+        backends._C.sample(logits.contiguous(), u, chosen, temperature, top_k or 0, top_p or 1.0)
+        return chosen
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[:, -1:]

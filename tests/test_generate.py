@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cgpt_kernels as ck
+from cgpt_kernels import _C
 from cgpt_kernels.generate import _choose
 
 CONFIG = ck.GPTConfig(vocab_size=101, n_positions=64, n_embd=48, n_layer=3, n_head=3)
@@ -179,3 +182,51 @@ def test_bad_input_is_named(kind, request, prompt, change, message):
 def test_other_models_are_refused(prompt):
     with pytest.raises(TypeError, match=r"must be a cgpt_kernels\.GPT .* got Linear"):
         ck.generate(torch.nn.Linear(2, 2), prompt, 5)
+
+
+# ---- drawing in C++ -----------------------------------------------------------------------------
+
+
+def likelihoods(logits, temperature, top_k, top_p):
+    """[V] fp64: what the definition says, in plain PyTorch."""
+    logits = logits.double() / temperature
+    if top_k:
+        logits = logits.masked_fill(
+            logits < logits.topk(min(top_k, len(logits))).values[-1], float("-inf")
+        )
+    p = logits.softmax(0)
+    order = p.argsort(descending=True, stable=True)
+    before = p[order].cumsum(0) - p[order]
+    p[order[before >= top_p - 1e-12]] = 0
+    return p / p.sum()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    V=st.sampled_from([1, 2, 7, 300, 5000]),
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 5, 400]),
+    top_p=st.sampled_from([0.01, 0.5, 0.95, 1.0]),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_a_draw_inverts_the_distribution(V, temperature, top_k, top_p, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(V, generator=generator)
+    p = likelihoods(logits, temperature, top_k, top_p)
+    u = torch.rand(50, dtype=torch.float64, generator=generator)
+    tokens = torch.empty(50, dtype=torch.int64)
+    _C.sample(logits.expand(50, V).contiguous(), u, tokens, temperature, top_k, top_p)
+    ends = p.cumsum(0)
+    close = 1e-5  # fp32 logits over the temperature: the ends of a token's share may move by this
+    assert (p[tokens] > 0).all()
+    assert (u < ends[tokens] + close).all() and (u >= (ends - p)[tokens] - close).all()
+
+
+def test_drawing_refuses_what_has_no_distribution():
+    u, tokens = torch.zeros(1, dtype=torch.float64), torch.empty(1, dtype=torch.int64)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must not hold NaN or"):
+            _C.sample(torch.tensor([[0.0, bad]]), u, tokens, 1.0, 0, 1.0)
+    with pytest.raises(ValueError, match="one must be finite"):
+        _C.sample(torch.full((1, 3), -float("inf")), u, tokens, 1.0, 0, 1.0)

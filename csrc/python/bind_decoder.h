@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../gpt/decoder.h"
+#include "../gpt/sample.h"
 #include "bind_gemm.h"
 
 namespace cgpt::python {
@@ -56,6 +57,28 @@ void decoder_step(Decoder& decoder, Tensor ids, Tensor positions, Tensor padding
   decoder.step({ids, positions, padding, keys, values, past, logits});
 }
 
+void sample_rows(Tensor logits, Tensor u, Tensor tokens, float temperature, int64_t top_k,
+                 double top_p) {
+  const Checker c{"sample"};
+  c.require(logits && logits.ndim == 2 && logits.shape[1] > 0, "logits must have shape (B, V)");
+  const int64_t B = logits.shape[0], V = logits.shape[1];
+  c.tensor("logits", logits, {B, V});
+  c.dtype("logits", logits, {DType::f32});
+  c.dense_rows("logits", logits);
+  c.tensor("u", u, {B});
+  c.dtype("u", u, {DType::f64});
+  c.dense_rows("u", u);
+  c.tensor("tokens", tokens, {B});
+  c.dtype("tokens", tokens, {DType::i64});
+  c.dense_rows("tokens", tokens);
+  c.require(temperature > 0.0f && top_k >= 0 && top_p > 0.0,
+            "temperature and top_p must be positive and top_k not negative");
+  py::gil_scoped_release release;
+  for (int64_t b = 0; b < B; ++b)
+    tokens.as<int64_t>()[b] = sample(logits.as<const float>() + b * logits.strides[0], V,
+                                     {temperature, top_k, top_p}, u.as<const double>()[b]);
+}
+
 // A hash of up to 64 elements spread over a tensor: tells that a weight was changed in bulk.
 uint64_t fingerprint(Tensor t) {
   const int64_t n = t.numel(), bytes = t.dtype == DType::f32 ? 4 : 2, samples = n < 64 ? n : 64;
@@ -79,6 +102,7 @@ inline void bind_decoder(py::module_& m) {
   py::class_<Decoder>(m, "Decoder", "The inference step of a GPT-2-class model in one call.")
       .def(py::init(&make_decoder))
       .def("step", &decoder_step);
+  m.def("sample", &sample_rows);
   m.def("fingerprint", &fingerprint);
 }
 
