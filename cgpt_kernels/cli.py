@@ -1,4 +1,4 @@
-"""The command line: `cgpt-kernels doctor | demo | generate | bench`.
+"""The command line: `cgpt-kernels doctor | demo | generate | quantize | bench`.
 
 Results go to stdout; progress, rates and errors to stderr. An error is one line and exit code 2; a
 check that fails (outputs that disagree) is exit code 1.
@@ -47,6 +47,10 @@ def _one_line(message: str) -> str:
     return "cgpt-kernels: " + " ".join(message.split())
 
 
+class Quantize(str, Enum):
+    int8, int4 = "int8", "int4"
+
+
 class Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
@@ -75,6 +79,7 @@ def main(
     cgpt-kernels demo                      eager against replaced, in two minutes
     cgpt-kernels generate --prompt 'def '  text from the shipped model
     cgpt-kernels bench gemm --dtype bf16   each case against eager, torch.compile and the bound
+    cgpt-kernels quantize --out tiny-int8  a smaller checkpoint, and what it costs in loss
     """
     if version:
         from importlib.metadata import PackageNotFoundError
@@ -129,6 +134,9 @@ def generate_command(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Default: fp32 on a CPU, on a GPU as stored.")
     ] = None,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="Weights in 8 or 4 bits, on a CPU.")
+    ] = None,
     threads: _Threads = None,
 ) -> None:
     """Continue a prompt; the text streams to stdout, tokens/s go to stderr.
@@ -137,6 +145,7 @@ def generate_command(
     cgpt-kernels generate --prompt 'def read_lines(path):'
     cgpt-kernels generate --prompt 'import ' --temperature 0.8 --top-k 40 --seed 1
     cgpt-kernels generate --model ./Cerebras-GPT-111M --prompt 'The sun' --dtype bf16
+    cgpt-kernels generate --prompt 'import ' --quantize int4
     echo 'class Stack:' | cgpt-kernels generate --prompt - --backend eager
     """
     import torch
@@ -144,6 +153,8 @@ def generate_command(
     from . import checks, timing
     from .backends import BACKENDS
     from .generate import generate
+    from .quantize import is_quantized
+    from .quantize import load as load_quantized
     from .replace import replace
 
     checks.is_choice("generate", "--backend", backend, ("auto", *BACKENDS))
@@ -158,9 +169,17 @@ def generate_command(
     ids = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.long, device=device)
     if ids.shape[1] == 0:
         raise ValueError("generate: --prompt must hold at least one token, got an empty text")
-    loaded = _load(folder, wanted, device)
-    if backend != "eager":
-        replace(loaded, backend=backend)
+    if is_quantized(folder):
+        if quantize is not None or backend not in ("auto", "cpu"):
+            raise ValueError(
+                f"generate: {folder} is quantized already: leave out --quantize and --backend"
+            )
+        device, loaded = "cpu", load_quantized(folder, dtype=wanted)
+        ids = ids.cpu()
+    else:
+        loaded = _load(folder, wanted, device)
+        if backend != "eager" or quantize is not None:
+            replace(loaded, backend=backend, quantize=quantize and quantize.value)
 
     stamps, written = [], _TextStream(tokenizer)
 
@@ -193,6 +212,59 @@ def generate_command(
         f"backend {backend}, {kept}, {device}, {count} threads",
         err=True,
     )
+
+
+@app.command("quantize", short_help="Write a checkpoint in 8 or 4 bits; what it costs in loss.")
+def quantize_command(
+    out: Annotated[Path, typer.Option(help="Folder to write; generate --model reads it.")],
+    model: Annotated[
+        str, typer.Option(help="Folder in Hugging Face format, or tiny, the shipped model.")
+    ] = "tiny",
+    format: Annotated[
+        Quantize, typer.Option(help="int8: a scale per output channel; int4: per 64 inputs.")
+    ] = Quantize.int8,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of embeddings, norms and activations; default as stored.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text files to measure the loss on; default what tiny never saw."),
+    ] = None,
+) -> None:
+    """Quantize the projections of a GPT-2 checkpoint; loss and perplexity before and after.
+
+    \b
+    cgpt-kernels quantize --out tiny-int8
+    cgpt-kernels quantize --model ./Cerebras-GPT-111M --format int4 --dtype bf16 --out 111m-int4
+    cgpt-kernels generate --model tiny-int8 --prompt 'import '
+    """
+    import shutil
+
+    from . import quantize, timing
+    from .gpt import GPT
+
+    folder = _model_folder(model)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"quantize: --out must not be the model's own folder, got {out}")
+    tokenizer = _tokenizer(folder)
+    texts = [file.read_text(encoding="utf-8") for file in text or ()]
+    console = _console()
+    with console.status("reading the model"):
+        kept = dtype and timing.dtype_named(dtype.value)
+        loaded = GPT.from_pretrained(folder, dtype=kept)
+    with console.status("loss before and after"):
+        ids = quantize.encode(folder, tokenizer, texts or quantize.held_out_text())
+        report = quantize.measure(loaded, format.value, ids)
+    quantize.save(loaded, out, format.value)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    console.print(
+        f"{format.value}: loss {report.loss:.4f} -> {report.quantized_loss:.4f} nats/token over "
+        f"{report.tokens} tokens, perplexity {report.perplexity_change:+.2%}; projections and head "
+        f"{report.bytes / 1e6:.1f} -> {report.quantized_bytes / 1e6:.1f} MB"
+    )
+    console.print(f"written to {out}", markup=False, highlight=False)
 
 
 @app.command("demo", short_help="Eager against replaced, whole models, one table.")

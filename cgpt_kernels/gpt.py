@@ -447,6 +447,11 @@ class GPT(nn.Module):
         dtype: None keeps what is stored. Raises ValueError naming the file and the field or tensor.
         """
         fields, where = checkpoint.read_config(path)
+        if "quantization_config" in fields:
+            raise ValueError(
+                f"{where}: quantization_config: these weights are quantized; "
+                "cgpt_kernels.quantize.load reads what this project quantized"
+            )
         config = GPTConfig.from_dict(fields, where=where)
         with torch.device("meta"):
             expected = {name: tuple(p.shape) for name, p in cls(config).state_dict().items()}

@@ -56,7 +56,7 @@ def small_shape(monkeypatch):
 def test_no_command_prints_the_help():
     result = run()
     assert result.exit_code == 0
-    for command in ("doctor", "demo", "generate", "bench"):
+    for command in ("doctor", "demo", "generate", "quantize", "bench"):
         assert f"cgpt-kernels {command}" in result.stdout
 
 
@@ -290,3 +290,36 @@ def test_bench_refuses_what_does_not_fit_together():
     assert "--model is for e2e" in fails("bench", "gemm", "--model", "gpt2")
     assert "unknown name 'gpt5'" in fails("bench", "e2e", "--model", "gpt5")
     assert "no --compile" in fails("bench", "e2e", "--compile")
+
+
+# ---- quantize -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantize_writes_a_checkpoint_that_generate_reads(folder, tmp_path, format):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 5, encoding="utf-8")
+    out = tmp_path / "small"
+    options = ("--model", folder, "--out", out, "--format", format, "--text", text)
+    result = run("quantize", *options)
+    assert result.exit_code == 0, result.output
+    assert f"{format}: loss " in result.stdout and "perplexity" in result.stdout
+    prompt = ("--prompt", "The quick", "--max-new-tokens", "8")
+    found = run("generate", "--model", out, *prompt)
+    assert found.exit_code == 0, found.output
+    wanted = run("generate", "--model", folder, "--quantize", format, *prompt)
+    assert found.stdout == wanted.stdout
+
+
+def test_quantize_tells_what_is_wrong(folder, tmp_path):
+    assert "must not be the model's own folder" in fails(
+        "quantize", "--model", folder, "--out", folder
+    )
+    assert "--format" in fails("quantize", "--out", tmp_path / "x", "--format", "int2")
+    ck.quantize.save(ck.GPT.from_pretrained(folder), tmp_path / "q", "int8")
+    (tmp_path / "q" / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    assert "is quantized already" in fails(
+        "generate", "--model", tmp_path / "q", "--prompt", "x", "--quantize", "int8"
+    )
+    with pytest.raises(ValueError, match="quantization_config"):
+        ck.GPT.from_pretrained(tmp_path / "q")
