@@ -184,11 +184,10 @@ def test_modules_and_decoder_compute_by_the_dequantized_weights(family, quantize
             made = pack_weight(module.weight, format, weight_layout=layout)
             module.weight = nn.Parameter(made.unpack(weight_layout=layout))
     ck.replace(model, quantize=quantize, keep_original=keep_original)
-    ids = small_gpt2.tokens()
+    ids = small_gpt2.tokens(1, 9)  # few enough rows for activations of 15 bits
     with torch.no_grad():
         found, wanted = (getattr(m(ids), "logits", m(ids)) for m in (model, twin))
-    # what quantizing the activations adds; test_packed.py bounds it for one product
-    assert (found - wanted).abs().max() <= 0.02 * wanted.abs().max()
+    assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()
     ck.generate(model, ids, 8)
 
 
