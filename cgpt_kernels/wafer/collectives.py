@@ -22,7 +22,7 @@ from .spec import WSE2, WaferSpec
 from .wires import Wires
 
 KINDS = ("broadcast", "reduce", "allreduce")
-REDUCES = ("star", "chain", "tree", "two_phase", "ktree")
+REDUCES = ("star", "chain", "tree", "preorder", "two_phase", "ktree")
 RELAYS = ("instruction", "task")
 
 
@@ -52,6 +52,8 @@ class Reduce:
             while reach < P:
                 edges += [(p, p - reach) for p in range(reach, P, 2 * reach)]
                 reach *= 2
+        elif algorithm == "preorder":
+            edges = _preorder(0, P)
         elif algorithm == "two_phase":
             g = math.ceil(P / (groups or group_count(P)))
             edges = [(p, p - 1) for p in range(P - 1, 0, -1) if p % g]
@@ -98,6 +100,15 @@ class Reduce:
                 else:
                     code.vector("add", words, read=colour, b=here, to=here)
             n += 1
+
+
+def _preorder(root: int, size: int) -> list[tuple[int, int]]:
+    """A binary tree whose nodes are numbered parent, left subtree, right subtree."""
+    edges, left = [], size // 2
+    for child, count in ((root + 1, left), (root + 1 + left, size - 1 - left)):
+        if count > 0:
+            edges += [*_preorder(child, count), (child, root)]
+    return edges
 
 
 def _both_ends(line: list[int]) -> list[tuple[int, int]]:
@@ -183,6 +194,7 @@ def formula(kind: str, algorithm: str, P: int, B: int, spec: WaferSpec = WSE2) -
         "star": B * (P - 1) + 2 * T + 1,
         "chain": B + (2 * T + 2) * (P - 1),
         "tree": max(B * log, B * P / (2 * (P - 1)) * log + P - 1) + (2 * T + 1) * log,
+        "preorder": 2 * B * log + P + 2 * (2 * T + 1) * log,
         "two_phase": max(2 * B, 2 * B * (P - s) / (P - 1) + P - 1) + (2 * T + 1) * (2 * s - 2),
         "ktree": 4 * B + P / 2 + (2 * T + 1) * s,
     }[algorithm]

@@ -44,6 +44,14 @@ def unless(parameter: int, divisor: int = 1):
     return 2, parameter, divisor
 
 
+def before(parameter: int, divisor: int = 1):
+    return 3, parameter, divisor
+
+
+def after(parameter: int, divisor: int = 1):
+    return 4, parameter, divisor
+
+
 def _instruction(op, *, function="move", length=0, beats=0, startup=0, thread=-1, read=-1, send=-1,
                  to=NOWHERE, a=NOWHERE, b=NOWHERE, condition=(0, 0, 1), tag=0, flags=0, task=-1,
                  tile=(0, 0, 0), period=0):  # fmt: skip

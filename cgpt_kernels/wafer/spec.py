@@ -62,6 +62,7 @@ class WaferSpec:
     task_relay: int = _f("cycles", "software of a stop that is a task: re-arm, call back", 84)
     loop_scalar: int = _f("cycles", "scalar loop around a vector instruction, plain code", 43)
     loop_tuned: int = _f("cycles", "the same where descriptors advance in hardware", 6)
+    half_products: int = _f("", "times slower than listed that fp16 multiply-adds run", 2)
     collective_call: int = _f("cycles", "software around one collective of a whole program", 0)
     launch: int = _f("cycles", "host launch, start and stop of the counter in a timed program", 0)
     io_bits: float = _f("bits/s", "all links to the outside together", 1.2e12)
@@ -167,6 +168,11 @@ _SHARED = {
     "loop_scalar": ("published", f"{_CSL}: 12 + 8 + 8 + 7 + 5 + 3 cycles around @fmacs"),
     "rates": ("published", f"{_SDK}, appendix"),
     "sram_total": ("published", "vendor"),
+    "half_products": (
+        "derived",
+        "254 @fmachs: 127 + 8.3 cycles on WSE-3, half the listed rate",
+    ),
+    "loop_tuned": ("derived", f"{_WAFERLLM}: 7 cycles per call fit its decode, start included"),
 }
 
 WSE2 = WaferSpec(
@@ -179,7 +185,7 @@ WSE2 = WaferSpec(
     stop=1,
     rates=_RATES_WSE2,
     input_queues=24,
-    collective_call=500,
+    collective_call=533,
     provenance={
         **_SHARED,
         "columns": ("published", f"{_SDK}: 750 x 994"),
@@ -190,6 +196,7 @@ WSE2 = WaferSpec(
         "stop": ("published", f"{_REDUCE}: 2 T_R + 1 per software stop"),
         "vector_start": ("derived", f"{_CSL}: @fmacs on 14 elements takes 15 cycles"),
         "async_start": ("derived", f"{_CSL}: asynchronous send of 196 words takes 201 cycles"),
+        "collective_call": ("fitted", f"{_WAFERLLM}, Table 4: LLaMA3-8B decode on 420 x 420"),
     },
 )
 
@@ -198,15 +205,30 @@ WSE3 = WaferSpec(
     columns=750,
     rows=1160,
     clock_hz=1.1e9,
-    hop=1,
+    hop=2,
     ramp=2,
     stop=1,
     rates=_RATES_WSE3,
+    vector_start=8,
+    task_relay=70,
+    collective_call=533,
+    launch=1328,
     sram_total=44e9,
     provenance={
         **_SHARED,
         "columns": ("published", "public full-wafer program: 750 x 1160"),
         "rows": ("published", "public full-wafer program: 750 x 1160"),
+        "clock_hz": ("derived", "as WSE-2's, which the advertised peak of 900,000 cores implies"),
+        "hop": ("derived", "all-reduce slope: 2 cycles per added core, 1.1 on WSE-2"),
+        "ramp": ("assumed", "as WSE-2's"),
+        "stop": ("assumed", "as WSE-2's"),
+        "vector_start": ("derived", "254 @fmachs took 127 + 8.3 cycles; a 1-cell stencil 7 more"),
+        "task_relay": ("derived", "slope of the task-relay chain between 40 and 136 cores"),
+        "collective_call": ("assumed", "WSE-2's"),
+        "launch": (
+            "fitted",
+            "third-party WSE-3 log, chain on 40 cores: 5,101 - 39 x 96.75",
+        ),
     },
 )
 PRESETS = {"wse2": WSE2, "wse3": WSE3}

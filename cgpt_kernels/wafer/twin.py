@@ -225,8 +225,8 @@ class Twin:
             code = self.code[c.pc]
             op = OPS[code.op]
             if code.when:
-                same = c.round // code.divisor == self.parameters[core, code.parameter]
-                if same != (code.when == 1):
+                turn, value = c.round // code.divisor, self.parameters[core, code.parameter]
+                if not (turn == value, turn != value, turn < value, turn > value)[code.when - 1]:
                     c.pc += 1
                     continue
             if op == "end":

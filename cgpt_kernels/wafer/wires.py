@@ -72,7 +72,10 @@ class Wires:
         return colour
 
     def shared(self, direction: str) -> int:
-        """A colour towards one end that any core may send on, one at a time, all beyond receive."""
+        """A colour towards one end that any core may send on, one at a time.
+
+        All beyond receive, and so does the sender, whose own words come back by its ramp.
+        """
         colour = self._new_colour()
         ahead, behind = (
             (self.forward, self.backward)
@@ -82,7 +85,7 @@ class Wires:
         first, last = (0, self.P - 1) if direction == "forward" else (self.P - 1, 0)
         for p in range(self.P):
             receive = (RAMP,) if p == first else (behind, RAMP) if p != last else (behind,)
-            send = (ahead,) if p == first else (ahead, RAMP) if p != last else (RAMP,)
+            send = (ahead, RAMP) if p != last else (RAMP,)
             self._route(colour, receive, send, p)
         return colour
 

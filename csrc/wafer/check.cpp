@@ -39,7 +39,7 @@ void check_program(const Constants& k, const ProgramView& p, int64_t tasks, bool
     require(i.in >= -1 && i.in < k.colours && i.out >= -1 && i.out < k.colours, n, "colour");
     require(i.tag >= 0 && i.tag < k.tags, n, "tag");
     require(i.task >= -1 && i.task < 32, n, "task");
-    require(i.when >= 0 && i.when <= 2 && i.divisor > 0, n, "condition");
+    require(i.when >= 0 && i.when <= 4 && i.divisor > 0, n, "condition");
     require(!i.when || (i.parameter >= 0 && i.parameter < k.parameters), n, "parameter");
     require(i.startup >= 0 && i.period >= 0, n, "startup or period");
     if (i.op == Op::loop) require(i.len > 0, n, "number of rounds"), rounds = i.len;

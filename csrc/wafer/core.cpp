@@ -19,6 +19,14 @@ float apply(Function f, float x, float y) {
 
 bool on_fabric(const Instruction& i) { return i.op == Op::vec && (i.in >= 0 || i.out >= 0); }
 
+// Conditions: 1 equal, 2 not equal, 3 below, 4 above.
+bool holds(int32_t when, int32_t turn, int32_t value) {
+  return when == 1   ? turn == value
+         : when == 2 ? turn != value
+         : when == 3 ? turn < value
+                     : turn > value;
+}
+
 Operand in_round(Operand o, int32_t round) {
   if (o.base >= 0) o.base += o.step * round + (round & 1) * o.alt;
   return o;
@@ -73,7 +81,7 @@ void Grid::fetch(Core& c, int64_t core) {
     }
     const Instruction& i = program_.code[c.pc];
     const int32_t value = i.when ? program_.parameters[core * k_.parameters + i.parameter] : 0;
-    if (i.when && ((c.round / i.divisor == value) != (i.when == 1))) {
+    if (i.when && !holds(i.when, c.round / i.divisor, value)) {
       ++c.pc;
       continue;
     }

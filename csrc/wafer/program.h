@@ -46,7 +46,7 @@ struct Instruction {
   int32_t thread;   // microthread, -1: the main thread
   int32_t in, out;  // colours of fabric operands, -1: none
   Operand dst, a, b;
-  int32_t when;       // 0 always, 1 if round / divisor == parameter, 2 if not
+  int32_t when;       // 0 always, else round / divisor ==, !=, <, > the parameter
   int32_t parameter;  // index into the core's parameters
   int32_t divisor;
   int32_t tag;  // phase, for the report

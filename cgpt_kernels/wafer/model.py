@@ -1,0 +1,364 @@
+"""What a whole transformer costs on the grid: decode, prefill, training; several ways to spread it.
+
+Letters: d, s, f are the widths of model, context and feed-forward per core (divided by P, rounded
+up). All arithmetic is fp16 with one word for two values. A decoder block in decode is vectors times
+matrices: local products, then an all-reduce along one axis (the phase engine runs them); in prefill
+it is MeshGEMMs and softmax rows.
+
+parallel "tensor": one block at a time on the whole grid. "pipeline": each block on its own
+rectangle. "sequence": core groups hold parts of the context, keys and values go round a ring.
+"streaming": weights come from outside, columns broadcast them; time follows the nonzeros.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from .. import checks
+from .phases import allreduce, cycles, local
+from .report import Report
+from .spec import WSE2, WaferSpec
+from .tiles import Tiles, product_cycles, strip_cycles
+
+MODES = ("prefill", "decode", "train")
+PARALLEL = ("tensor", "pipeline", "sequence", "streaming")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The shape of a decoder and its blocks; a GPTConfig is taken as it is.
+
+    n_kv: width of keys (and of values) in heads that share them, default n_embd. gated: two
+    projections up, one multiplied with the activation of the other (SwiGLU). rms: RMSNorm, without
+    mean. vocab_size 0: no output head.
+    """
+
+    n_embd: int
+    n_inner: int
+    n_layer: int = 1
+    n_kv: int | None = None
+    gated: bool = False
+    rms: bool = False
+    vocab_size: int = 0
+
+    @property
+    def kv(self) -> int:
+        return self.n_kv or self.n_embd
+
+    @property
+    def matrix_elements(self) -> int:
+        """Weights of one block."""
+        up = 2 if self.gated else 1
+        return self.n_embd * (2 * self.n_embd + 2 * self.kv + (up + 1) * self.n_inner)
+
+
+LLAMA3_8B = Block(4096, 14336, 32, n_kv=1024, gated=True, rms=True, vocab_size=128256)
+QWEN2_72B = Block(8192, 29568, 80, n_kv=1024, gated=True, rms=True, vocab_size=152064)
+
+
+def block_of(config) -> Block:
+    """Block of a GPTConfig or anything with its fields; a Block as it is."""
+    if isinstance(config, Block):
+        return config
+    missing = [n for n in ("n_embd", "n_inner", "n_layer", "vocab_size") if not hasattr(config, n)]
+    if missing:
+        raise TypeError(
+            f"estimate: config must be a GPTConfig or a wafer Block, got "
+            f"{type(config).__name__} without {', '.join(missing)}"
+        )
+    return Block(config.n_embd, config.n_inner, config.n_layer, vocab_size=config.vocab_size)
+
+
+def _share(n: int, P: int) -> int:
+    return -(-n // P)
+
+
+def _halves(n: int) -> int:
+    """Words of n fp16 values."""
+    return -(-n // 2)
+
+
+def _vector(spec: WaferSpec, builtin: str, n: int) -> int:
+    return spec.vector_cycles(builtin, n)
+
+
+def decode_phases(
+    spec: WaferSpec, b: Block, rows: int, columns: int, context: int, batch: int
+) -> tuple:
+    """One token through one block on rows x columns cores; collectives as in WaferLLM's decode.
+
+    Vectors lie along y before the first product of a pair and along x after it, so that no
+    transposition is needed; `batch` requests share what weights are read, not the cycles.
+    """
+    d, dx = _share(b.n_embd, rows), _share(b.n_embd, columns)
+    kv, s, f = _share(b.kv, columns), _share(context, columns), _share(b.n_inner, columns)
+    up = 2 if b.gated else 1
+
+    def product(k, n):
+        return batch * product_cycles(spec, 1, k, n, 2)
+
+    def step(*ops):
+        return batch * sum(_vector(spec, name, n) for name, n in ops)
+
+    def reduce(name, axis, n):
+        # each call of a collective library costs its software besides what moves
+        return (
+            local("call of collectives", spec.collective_call),
+            allreduce(f"{name}: all-reduce", axis, _halves(n) * batch),
+        )
+
+    norm = (("fmulh", d), ("faddh", d), ("fmulh", d), ("fmulh", d))
+    moments = 1 if b.rms else 2
+    exp = (("fmaxh", s), ("faddh", s), *[("fmulh", s), ("faddh", s)] * 4)  # a polynomial
+    return (
+        local("norms", step(*norm)),
+        *reduce("norms", "y", moments),
+        local("q, k, v", product(d, dx + 2 * kv)),
+        *reduce("q, k, v", "y", dx + 2 * kv),
+        local("rotation and cache", step(*[("fmulh", d)] * 4, *[("faddh", d)] * 2, ("fmovh", d))),
+        local("scores", product(d, s)),
+        *reduce("scores", "x", s),
+        local("softmax", step(*exp)),
+        *reduce("softmax", "y", 1),
+        *reduce("softmax", "y", 1),
+        local("softmax", step(("fmulh", s))),
+        local("attention output", product(s, d)),
+        *reduce("attention output", "y", d),
+        local("projection", product(d, dx)),
+        *reduce("projection", "x", dx),
+        local("norms", step(("faddh", d), *norm)),
+        *reduce("norms", "y", moments),
+        local("feed-forward up", product(d, up * f)),
+        *reduce("feed-forward up", "y", up * f),
+        local("activation", step(*[("fmulh", f)] * 4, *[("faddh", f)] * 3)),
+        local("feed-forward down", product(f, d)),
+        *reduce("feed-forward down", "x", d),
+        local("norms", step(("faddh", d))),
+    )
+
+
+def prefill_products(b: Block, tokens: int, context: int):
+    """(name, M, K, N) of one block's matrix products."""
+    up = 2 if b.gated else 1
+    return (
+        ("q, k, v", tokens, b.n_embd, b.n_embd + 2 * b.kv),
+        ("scores", tokens, b.n_embd, context),
+        ("attention output", tokens, context, b.n_embd),
+        ("projection", tokens, b.n_embd, b.n_embd),
+        ("feed-forward up", tokens, b.n_embd, up * b.n_inner),
+        ("feed-forward down", tokens, b.n_inner, b.n_embd),
+    )
+
+
+def gemm_cycles(spec: WaferSpec, P: int, M: int, K: int, N: int, algorithm="mesh", itemsize=2):
+    """Cycles of a product on P x P cores, and of them compute.
+
+    Where the tiles do not fit, the longer of M and N is cut into halves, one after the other.
+    """
+    passes = 1
+    while True:
+        tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
+        if 4 * tiles.memory(algorithm) <= spec.data_bytes:
+            break
+        if max(tiles.m, tiles.n) == 1:
+            raise ValueError(
+                f"estimate: K = {K} on {P} x {P} cores leaves {4 * tiles.memory(algorithm)} B of "
+                f"tiles per core, {spec.name} holds {spec.data_bytes} B; use a larger grid"
+            )
+        M, N = (M, _share(N, 2)) if N >= M else (_share(M, 2), N)
+        passes *= 2
+    total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
+    return passes * total, passes * compute
+
+
+def _prefill_block(spec, b, P, tokens, context, density=1.0):
+    phases = {}
+    for name, M, K, N in prefill_products(b, tokens, context):
+        phases[name] = gemm_cycles(spec, P, M, K, N)[0] * (1.0 if "attention" in name else density)
+    rows, d, s = _share(tokens, P), _share(b.n_embd, P), _share(context, P)
+    norm = sum(_vector(spec, n, d) for n in ("fmulh", "faddh", "fmulh", "fmulh")) * rows
+    softmax = sum(_vector(spec, n, s) for n in ("fmaxh", *["fmulh", "faddh"] * 5)) * rows
+    moves = (
+        allreduce("norms", "x", _halves(2 * rows)),
+        allreduce("softmax", "x", _halves(rows)),
+        allreduce("softmax", "x", _halves(rows)),
+        allreduce("norms", "x", _halves(2 * rows)),
+    )
+    # every step of a MeshGEMM calls the communication library once
+    calls = (4 + P * len(prefill_products(b, tokens, context))) * spec.collective_call
+    _, by_name = cycles(spec, 1, P, moves)
+    phases["norms"] = 2 * norm + by_name["norms"]
+    phases["softmax"] = softmax + by_name["softmax"]
+    phases["call of collectives"] = calls
+    return phases
+
+
+def _macs(b: Block, tokens: int, context: int) -> int:
+    return tokens * (b.matrix_elements + 2 * context * b.n_embd)
+
+
+def _memory(spec, b, cores, context, batch, layers, training=False):
+    """Bytes per core: weights (with fp32 optimizer state in training), KV cache, working space."""
+    weights = layers * b.matrix_elements + b.vocab_size * b.n_embd
+    per_weight = 2 + (12 if training else 0)
+    cache = layers * 2 * b.kv * context * batch * 2
+    working = 16 * b.n_inner * batch * 2
+    return math.ceil((weights * per_weight + cache + working) / cores) + (
+        spec.code_bytes + spec.stack_bytes
+    )
+
+
+def estimate(
+    config,
+    *,
+    spec: WaferSpec = WSE2,
+    grid: tuple[int, int],
+    mode: str = "decode",
+    batch: int = 1,
+    context: int = 2048,
+    parallel: str = "tensor",
+    groups: int | None = None,
+    density: float = 1.0,
+    micro_batches: int = 8,
+) -> Report:
+    """Cycles of a whole model on a grid of cores, by phase, with what fits and what does not.
+
+    Args:
+        config: a GPTConfig, or a `Block` (gated feed-forward, RMSNorm, grouped keys).
+        grid: (rows, columns) of cores.
+        mode: "decode" (one token per request), "prefill" (`context` tokens per request) or "train"
+            (forward and backward of batch x context tokens: three times the products).
+        batch: requests or sequences; context: tokens each attends to.
+        parallel: "tensor", "pipeline", "sequence" or "streaming".
+        groups: of the K-tree collectives (default about sqrt(P)).
+        density: share of nonzero weights; only streaming skips zeros.
+        micro_batches: of the pipeline, whose bubble is part of the result.
+    Returns:
+        Report; `.tokens_per_second` counts produced (decode) or read (prefill, train) tokens.
+    """
+    op = "estimate"
+    b = block_of(config)
+    checks.is_choice(op, "mode", mode, MODES)
+    checks.is_choice(op, "parallel", parallel, PARALLEL)
+    spec.check_grid(op, *grid)
+    for name, value in (("batch", batch), ("context", context), ("micro_batches", micro_batches)):
+        ok = isinstance(value, int) and value > 0
+        checks.in_range(op, name, value, ok, "a positive integer")
+    checks.in_range(op, "density", density, 0 < density <= 1, "in (0, 1]")
+    if density != 1.0 and parallel != "streaming":
+        raise ValueError(f"{op}: density needs parallel='streaming', which alone skips zeros")
+    rows, columns = grid
+    sides, layers_here, stages = (rows, columns), b.n_layer, 1
+    notes = []
+    if parallel == "pipeline":
+        stages = b.n_layer
+        across = math.ceil(math.sqrt(stages * columns / rows)) or 1
+        down = math.ceil(stages / across)
+        sides = (rows // down, columns // across)
+        if min(sides) < 1:
+            raise ValueError(f"{op}: grid {grid} is too small for {stages} stages of a pipeline")
+        layers_here = 1
+        notes.append(f"{stages} stages of {sides[0]} x {sides[1]} cores")
+    parts = 1
+    if parallel == "sequence":
+        parts = max(1, min(rows, columns) // max(1, min(rows, columns) // 4))
+        sides = (rows // parts, columns)
+        notes.append(f"{parts} groups of {sides[0]} x {sides[1]} cores, keys and values in a ring")
+
+    if mode == "decode":
+        shape = _share(context, parts)
+        phases = decode_phases(spec, b, *sides, shape, batch)
+        one, by_name = cycles(spec, *sides, phases, groups)
+        if parts > 1:
+            # partial maxima, sums and outputs of the groups meet along a ring of P/parts hops each
+            merge = parts * (sides[0] * spec.hop + 2 * _halves(_share(b.n_embd, columns)) + 16)
+            by_name["merge of sequence parts"] = merge
+            one += merge
+        tokens, factor = batch, 1
+        work = _macs(b, batch, context)
+    else:
+        P = min(sides)
+        factor = 3 if mode == "train" else 1
+        by_name = _prefill_block(spec, b, P, _share(context, parts) * batch, context, density)
+        if parts > 1:
+            exchange = (parts - 1) * 2 * _halves(_share(context, P * parts) * _share(b.kv, P))
+            by_name["ring of keys and values"] = exchange + parts * sides[0] * spec.hop
+        one = sum(by_name.values())
+        if P != max(sides):
+            notes.append(f"products use a square of {P} x {P} cores")
+        tokens = batch * context
+        work = _macs(b, tokens, context) * factor
+
+    phases = {name: factor * b.n_layer * value for name, value in by_name.items()}
+    total = factor * b.n_layer * one
+    if b.vocab_size:
+        if mode == "decode":
+            head = product_cycles(
+                spec, 1, _share(b.n_embd, sides[0]), _share(b.vocab_size, sides[1]), 2
+            )
+            head_words = _halves(_share(b.vocab_size, sides[1]))
+            reduced, _ = cycles(spec, *sides, (allreduce("head", "y", head_words),), groups)
+            phases["output head"] = head * batch + reduced
+        else:
+            phases["output head"] = (
+                factor * gemm_cycles(spec, min(sides), batch, b.n_embd, b.vocab_size)[0]
+            )
+        total += phases["output head"]
+        work += batch * b.vocab_size * b.n_embd
+    if parallel == "pipeline":
+        # a stage's time, once per micro-batch and stage in flight
+        slot = total / stages / micro_batches
+        bubble = (stages - 1) * slot
+        phases = {name: value / stages for name, value in phases.items()}
+        phases["bubble"] = bubble
+        total = micro_batches * slot + bubble
+    if parallel == "streaming":
+        weights = density * (b.n_layer * b.matrix_elements + b.vocab_size * b.n_embd)
+        bits = 32 if density < 1 else 16  # a nonzero travels with its index
+        stream = factor * weights * bits / spec.io_bits * spec.clock_hz
+        notes.append(f"weights arrive in {stream:,.0f} cycles at {spec.io_bits / 1e12:g} Tb/s")
+        if stream > total:
+            phases["waiting for weights"] = stream - total
+            total = stream
+        layers_here = 0
+
+    cores = sides[0] * sides[1]
+    resident = replace(b, vocab_size=0) if parallel != "tensor" else b
+    need = _memory(spec, resident, cores, context, batch, layers_here, mode == "train")
+    report = Report(
+        f"{mode}, {parallel}, {b.n_layer} blocks of {b.n_embd}",
+        spec,
+        rows,
+        columns,
+        total,
+        phases,
+        macs=work,
+        peak_sram_bytes=need,
+        tokens=tokens,
+        peak_macs_per_cycle=spec.rates["fmach"],
+        notes=notes,
+    )
+    limit = spec.sram_bytes - spec.sram_reserved
+    if not report.fits:
+        report.notes.append(
+            f"does not fit: a core needs {need:,} B, has {limit:,} B; "
+            f"{math.ceil(need / limit)} times the cores would hold it, or parallel='streaming'"
+        )
+    return report
+
+
+def longest_decode(config, *, spec: WaferSpec = WSE2, grid: tuple[int, int]) -> dict[str, int]:
+    """Tokens until memory is full: caches balanced by shifts, against caches that stay in a row.
+
+    "concatenate": new keys and values go to the last row of cores, which fills first. "shift": each
+    full row passes its oldest block one row up, so all rows fill together.
+    """
+    b = block_of(config)
+    spec.check_grid("longest_decode", *grid)
+    rows, columns = grid
+    fixed = _memory(spec, b, rows * columns, 0, 1, b.n_layer)
+    free = spec.sram_bytes - spec.sram_reserved - fixed
+    per_token = b.n_layer * 2 * b.kv * 2 / columns
+    row = max(0, int(free // per_token))
+    return {"shift": row * rows, "concatenate": row}

@@ -1,0 +1,466 @@
+"""The ops on the modelled grid: real numbers by the CPU substrate, cycles by the model.
+
+Each function splits its work over the cores as its algorithm does, gives every column of cores'
+share to the CPU kernel, and puts the pieces together. Sums over K run in ascending order in fp32
+whatever the algorithm, so that results do not depend on the grid; the order in which a core meets
+its tiles is checked on tile numbers (`tiles.check_schedule`), and with real values in the cycle
+engine, where the tests run every algorithm on small grids.
+
+Letters: P cores per side, M K N of a product, S queries, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import _C, _C_REASON, KERNEL_DTYPES
+from . import phases as phase_engine
+from .collectives import from_run
+from .engine import run
+from .phases import allreduce, local
+from .report import Report
+from .spec import WSE2, WaferSpec
+from .tiles import (
+    ALGORITHMS,
+    PHASES,
+    Tiles,
+    build,
+    check_schedule,
+    product_cycles,
+    strip_cycles,
+)
+
+SIMULATED = 16  # grids up to this side run in the cycle engine, core by core
+REDUCTIONS = ("chain", "ktree")
+
+
+def _kernel(name: str):
+    if _C is None:
+        raise ImportError(_C_REASON)
+    return getattr(_C, name)
+
+
+def _share(n: int, P: int) -> int:
+    return -(-n // P)
+
+
+def _panels(n: int, P: int) -> Iterator[slice]:
+    """The shares of n that P columns of cores hold; the last ones may be short or empty."""
+    share = _share(n, P)
+    for start in range(0, n, share):
+        yield slice(start, min(start + share, n))
+
+
+def _check_matrix(op, name, t, letters):
+    checks.is_tensor(op, name, t)
+    checks.has_dtype(op, name, t, *KERNEL_DTYPES)
+    checks.has_rank(op, name, t, 2, letters)
+
+
+def _fits(op: str, spec: WaferSpec, words: int) -> None:
+    if 4 * words > spec.data_bytes:
+        raise ValueError(
+            f"{op}: core (px 0, py 0) needs {4 * words} B for its tiles, {spec.name} leaves "
+            f"{spec.data_bytes} B of {spec.sram_bytes} B; use a larger grid"
+        )
+
+
+# ---- products -----------------------------------------------------------------------------------
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    *,
+    grid: tuple[int, int],
+    algorithm: str = "mesh",
+    spec: WaferSpec = WSE2,
+) -> tuple[Tensor, Report]:
+    """a b on a square grid of cores, padded where it does not divide.
+
+    Args:
+        a: [M, K], b: [K, N], both fp32, bf16 or fp16.
+        grid: (P, P) cores.
+        algorithm: "summa", "cannon" or "mesh".
+    Returns:
+        [M, N] in the dtype of a, and the report.
+    """
+    op = "wafer.gemm"
+    _check_matrix(op, "a", a, "(M, K)")
+    _check_matrix(op, "b", b, "(K, N)")
+    checks.has_dtype(op, "b", b, a.dtype, why=" as a")
+    checks.has_shape(op, "b", b, (a.shape[1], b.shape[1]), "(K, N)")
+    checks.is_choice(op, "algorithm", algorithm, ALGORITHMS)
+    spec.check_grid(op, *grid)
+    P = grid[0]
+    if grid[0] != grid[1]:
+        raise ValueError(f"{op}: {algorithm} needs a square grid (P, P), got {tuple(grid)}")
+    report = gemm_report(a.shape[0], a.shape[1], b.shape[1], a.element_size(), P, algorithm, spec)
+    check_schedule(algorithm, P)
+    y = a.new_empty(a.shape[0], b.shape[1])
+    _product(a, b, None, None, y, "none", True, P)
+    return y, report
+
+
+def _product(x, weight, bias, residual, y, activation, kn, P):
+    """y = activation(x W + bias) + residual, one column of cores after the other."""
+    run_kernel = _kernel("gemm_fwd")
+    for part in _panels(y.shape[1], P):
+        run_kernel(
+            x,
+            weight[:, part] if kn else weight[part],
+            None if bias is None else bias[part],
+            None if residual is None else residual[:, part],
+            y[:, part],
+            activation,
+            kn,
+        )
+
+
+def gemm_report(M, K, N, itemsize, P, algorithm, spec) -> Report:
+    """Cycles of a product on P x P cores; simulated core by core where the grid is small."""
+    tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
+    words = tiles.memory(algorithm)
+    _fits("wafer.gemm", spec, words)
+    name = f"gemm {M} x {K} x {N}, {algorithm}"
+    if P <= SIMULATED and P**3 * (tiles.a + tiles.b) < 300_000:
+        report = from_run(name, run(build(spec, P, P, algorithm, tiles)))
+        report.macs = M * K * N  # padding is not counted
+    else:
+        total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
+        report = Report(
+            name, spec, P, P, total, dict(zip(PHASES, (compute, total - compute), strict=True))
+        )
+        report.macs = M * K * N
+        per_step = (tiles.a + tiles.b) * (P - 1 if algorithm != "summa" else 1)
+        report.words = per_step * P * P
+        report.notes.append("cycles from a strip of two rows of cores")
+    report.peak_macs_per_cycle = spec.rates["fmach" if itemsize == 2 else "fmacs"]
+    report.peak_sram_bytes = 4 * words + spec.code_bytes + spec.stack_bytes
+    return report
+
+
+def gemv(
+    x: Tensor,
+    w: Tensor,
+    *,
+    grid: tuple[int, int],
+    algorithm: str = "ktree",
+    spec: WaferSpec = WSE2,
+) -> tuple[Tensor, Report]:
+    """x w: x [K] along the columns of cores, w [K, N] in tiles, sums reduced along y.
+
+    algorithm: how partial sums meet, "chain" or "ktree". Returns [N] and the report.
+    """
+    op = "wafer.gemv"
+    checks.is_tensor(op, "x", x)
+    checks.has_rank(op, "x", x, 1, "(K,)")
+    _check_matrix(op, "w", w, "(K, N)")
+    checks.has_dtype(op, "x", x, w.dtype, why=" as w")
+    checks.has_shape(op, "w", w, (x.shape[0], w.shape[1]), "(K, N)")
+    checks.is_choice(op, "algorithm", algorithm, REDUCTIONS)
+    spec.check_grid(op, *grid)
+    report = gemv_report(1, x.shape[0], w.shape[1], x.element_size(), grid, algorithm, spec)
+    y = x.new_empty(1, w.shape[1])
+    _product(x[None], w, None, None, y, "none", True, grid[1])
+    return y[0], report
+
+
+def gemv_report(M, K, N, itemsize, grid, algorithm, spec) -> Report:
+    """M vectors times a matrix that lies in tiles: local products, then a reduce along y."""
+    rows, columns = grid
+    k, n = _share(K, rows), _share(N, columns)
+    words = _share(n * itemsize, 4) * M
+    held = _share(k * n * itemsize, 4) + _share(k * M * itemsize, 4) + words
+    _fits("wafer.gemv", spec, held)
+    groups = 1 if algorithm == "chain" else None
+    steps = (
+        local("compute", M * product_cycles(spec, 1, k, n, itemsize)),
+        allreduce("communication", "y", words),
+    )
+    total, by_name = phase_engine.cycles(spec, rows, columns, steps, groups)
+    return Report(
+        f"gemv {M} x {K} x {N}, {algorithm}",
+        spec,
+        rows,
+        columns,
+        total,
+        by_name,
+        macs=M * K * N,
+        words=words * rows * columns,
+        peak_sram_bytes=4 * held + spec.code_bytes + spec.stack_bytes,
+        peak_macs_per_cycle=spec.rates["fmach" if itemsize == 2 else "fmacs"],
+    )
+
+
+# ---- layer norm ---------------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    eps: float = 1e-5,
+    spec: WaferSpec = WSE2,
+) -> tuple[Tensor, Report]:
+    """Rows of x [rows, C] over the rows of cores, C over the columns: moments reduced along x."""
+    op = "wafer.layer_norm"
+    _check_matrix(op, "x", x, "(rows, C)")
+    checks.has_shape(op, "weight", weight, (x.shape[1],), "(C,)")
+    spec.check_grid(op, *grid)
+    report = layer_norm_report(*x.shape, x.element_size(), grid, spec)
+    y = torch.empty_like(x)
+    _norm_rows(x, None, weight, bias, y, None, None, None, eps, grid[0])
+    return y, report
+
+
+def _norm_rows(x, residual, weight, bias, y, total, mean, rstd, eps, P):
+    """One row of cores after the other."""
+    run_kernel = _kernel("layer_norm_fwd")
+
+    def cut(t, part):
+        return None if t is None else t[part]
+
+    for part in _panels(x.shape[0], P):
+        cuts = [cut(t, part) for t in (x, residual)]
+        out = [cut(t, part) for t in (y, total, mean, rstd)]
+        run_kernel(*cuts, weight, bias, *out, eps)
+
+
+def layer_norm_report(rows, C, itemsize, grid, spec) -> Report:
+    held, c = _share(rows, grid[0]), _share(C, grid[1])
+    half = itemsize == 2
+    names = ("faddh", "fmulh", "faddh", "fmulh", "fmulh", "faddh") if half else (
+        "fadds", "fmuls", "fadds", "fmuls", "fmuls", "fadds")  # fmt: skip
+    work = held * sum(spec.vector_cycles(name, c) for name in names)
+    steps = (local("compute", work), allreduce("communication", "x", 2 * held))
+    words = _share(2 * held * c * itemsize, 4) + 2 * held
+    _fits("wafer.layer_norm", spec, words)
+    total, by_name = phase_engine.cycles(spec, *grid, steps)
+    return Report(
+        f"layer_norm {rows} x {C}",
+        spec,
+        *grid,
+        total,
+        by_name,
+        words=2 * held * grid[0] * grid[1],
+        peak_sram_bytes=4 * words + spec.code_bytes + spec.stack_bytes,
+    )
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int],
+    causal: bool = True,
+    scale: float | None = None,
+    spec: WaferSpec = WSE2,
+) -> tuple[Tensor, Report]:
+    """Attention of [B, H, S, D] tensors, keys and values in `parts` over the columns of cores.
+
+    Each part gives an output and the log of its sum; parts are merged in fp32 by these logs, as the
+    rows of cores do it. One query is decode: keys lie balanced over the rows of cores.
+    """
+    op = "wafer.attention"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        checks.is_tensor(op, name, t)
+        checks.has_dtype(op, name, t, *KERNEL_DTYPES)
+        checks.has_rank(op, name, t, 4, "(B, H, S, D)")
+    B, H, _, D = q.shape
+    checks.has_shape(op, "k", k, (B, H, k.shape[2], D), "(B, H, S_k, D)")
+    checks.has_shape(op, "v", v, k.shape, "the shape of k")
+    spec.check_grid(op, *grid)
+    report = attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
+    scale = D**-0.5 if scale is None else scale
+    return merged_attention(q, k, v, causal, scale, grid[1]), report
+
+
+def merged_attention(q, k, v, causal: bool, scale: float, parts: int) -> Tensor:
+    """softmax(q k^T * scale) v from at most `parts` pieces of the keys, merged by their lse.
+
+    A checksum guards the merge: every key must have been seen once.
+    """
+    B, H, S, _ = q.shape
+    keys = k.shape[2]
+    outs, logs, seen = [], [], 0
+    rows = torch.arange(S)[:, None] + keys - S  # last visible key of each query
+    for part in _panels(keys, parts):
+        out = torch.empty_like(q, dtype=torch.float32)
+        lse = q.new_empty(B, H, S, dtype=torch.float32)
+        bias = None
+        if causal:
+            visible = torch.arange(part.start, part.stop)[None, :] <= rows
+            bias = visible.expand(B, H, S, part.stop - part.start)
+        wide = (q.float(), k[:, :, part].float(), v[:, :, part].float())
+        _kernel("attention_fwd")(*wide, None, bias, None, out, lse, scale, False, 0.0, 0)
+        outs.append(out)
+        logs.append(lse)
+        seen += (part.start + part.stop - 1) * (part.stop - part.start) // 2
+    if seen != keys * (keys - 1) // 2:
+        raise AssertionError("attention: a piece of the keys was lost or came twice")
+    if not outs:
+        return torch.zeros_like(q)
+    logs = torch.stack(logs)  # [parts, B, H, S]
+    top = logs.amax(0)
+    weight = torch.exp(logs - torch.where(top.isinf(), 0.0, top))
+    weight = weight / weight.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+    return (torch.stack(outs) * weight[..., None]).sum(0).to(q.dtype)
+
+
+def attention_report(shape, keys, itemsize, grid, spec) -> Report:
+    """B * H products q k^T, softmax rows, products with v, one head after the other."""
+    B, H, S, D = shape
+    rows, columns = grid
+    P = min(grid)
+    name = f"attention {B} x {H} x {S} x {keys} x {D}"
+    s = _share(keys, columns)
+    exponentials = 6 * spec.vector_cycles("fmulh", s)
+    if S == 1:
+        d = _share(D, rows)
+        words = _share(s * itemsize, 4)
+        steps = (
+            local("scores", product_cycles(spec, 1, d, s, itemsize)),
+            allreduce("scores", "y", words),
+            local("softmax", exponentials),
+            allreduce("softmax", "x", 1),
+            allreduce("softmax", "x", 1),
+            local("output", product_cycles(spec, 1, s, d, itemsize)),
+            allreduce("output", "x", _share(d * itemsize, 4)),
+        )
+        total, by_name = phase_engine.cycles(spec, rows, columns, steps)
+        held = 2 * _share(s * d * itemsize, 4) + words
+    else:
+        scores = Tiles(_share(S, P), _share(D, P), _share(keys, P), itemsize)
+        output = Tiles(_share(S, P), _share(keys, P), _share(D, P), itemsize)
+        held = max(scores.memory("mesh"), output.memory("mesh"))
+        _fits("wafer.attention", spec, held)
+        lines = _share(S, P)
+        reduce = (allreduce("softmax", "x", lines), allreduce("softmax", "x", lines))
+        by_name = {
+            "scores": strip_cycles(spec, P, "mesh", scores)[0],
+            "softmax": exponentials * lines + phase_engine.cycles(spec, 1, P, reduce)[0],
+            "output": strip_cycles(spec, P, "mesh", output)[0],
+        }
+        total = sum(by_name.values())
+    _fits("wafer.attention", spec, held)
+    heads = B * H
+    return Report(
+        name,
+        spec,
+        rows,
+        columns,
+        heads * total,
+        {k: heads * v for k, v in by_name.items()},
+        macs=2 * heads * S * keys * D,
+        peak_sram_bytes=4 * held + spec.code_bytes + spec.stack_bytes,
+        peak_macs_per_cycle=spec.rates["fmach" if itemsize == 2 else "fmacs"],
+    )
+
+
+# ---- backend="wafer" ----------------------------------------------------------------------------
+
+
+@dataclass
+class Recording:
+    """Reports of the ops that ran on backend "wafer" within `record()`."""
+
+    spec: WaferSpec
+    grid: tuple[int, int]
+    reports: list[Report] = field(default_factory=list)
+
+    def report(self) -> Report:
+        """All ops one after the other, phases named by op."""
+        by_op: dict[str, float] = {}
+        for r in self.reports:
+            kind = r.what.split(" ")[0]
+            by_op[kind] = by_op.get(kind, 0.0) + r.cycles
+        return Report(
+            f"{len(self.reports)} ops",
+            self.spec,
+            *self.grid,
+            sum(r.cycles for r in self.reports),
+            by_op,
+            macs=sum(r.macs for r in self.reports),
+            words=sum(r.words for r in self.reports),
+            hops=sum(r.hops for r in self.reports),
+            peak_sram_bytes=max((r.peak_sram_bytes for r in self.reports), default=0),
+        )
+
+
+_recordings: list[Recording] = []
+SIDE = 32  # of the grid on which backend="wafer" runs outside of `record`
+
+
+@contextmanager
+def record(*, spec: WaferSpec = WSE2, grid: tuple[int, int] = (SIDE, SIDE)):
+    """Collect a report of every op that runs on backend "wafer" within the block."""
+    spec.check_grid("record", *grid)
+    recording = Recording(spec, grid)
+    _recordings.append(recording)
+    try:
+        yield recording
+    finally:
+        _recordings.remove(recording)
+
+
+def _note(make) -> tuple[int, int]:
+    """The grid in force; the report of this op where one is wanted."""
+    if not _recordings:
+        return SIDE, SIDE
+    recording = _recordings[-1]
+    recording.reports.append(make(recording.grid, recording.spec))
+    return recording.grid
+
+
+def gemm_fwd(x, weight, bias, residual, y, activation, weight_kn) -> None:
+    """The kernel of backend "wafer": arguments as `_C.gemm_fwd`'s."""
+    (M, K), N, size = x.shape, y.shape[1], x.element_size()
+
+    def make(grid, spec):
+        if M < min(grid) or grid[0] != grid[1]:  # too few rows for tiles of a square
+            return gemv_report(M, K, N, size, grid, "ktree", spec)
+        return gemm_report(M, K, N, size, grid[0], "mesh", spec)
+
+    grid = (SIDE, SIDE) if not y.numel() or not K else _note(make)
+    if not N:
+        return
+    _product(x, weight, bias, residual, y, activation, weight_kn, grid[1])
+
+
+def layer_norm_fwd(x, residual, weight, bias, y, total, mean, rstd, eps) -> None:
+    """Arguments as `_C.layer_norm_fwd`'s."""
+    C = x.shape[-1]
+    flat = [t if t is None or t.ndim <= 2 else t.view(-1, C) for t in (x, residual, y, total)]
+    x, residual, y, total = flat
+    if not x.numel():
+        _kernel("layer_norm_fwd")(x, residual, weight, bias, y, total, mean, rstd, eps)
+        return
+    rows = x.shape[0]
+    grid = _note(lambda grid, spec: layer_norm_report(rows, C, x.element_size(), grid, spec))
+    _norm_rows(x, residual, weight, bias, y, total, mean, rstd, eps, grid[0])
+
+
+def attention_fwd(
+    q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
+) -> None:
+    """Arguments as `_C.attention_fwd`'s; a batch entry occupies the grid after the other."""
+    if q.numel() and k.shape[2]:
+        _note(
+            lambda grid, spec: attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
+        )
+    _kernel("attention_fwd")(
+        q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
+    )

@@ -1,0 +1,111 @@
+"""The phase engine for programs of local work and collectives along one axis at a time.
+
+A sequence is a list of phases: local work, the same on every core, or an all-reduce of some words
+along x or along y. When core (px, py) has finished its share, it goes on: nobody waits for the
+whole grid. Its finishing time is then f(px) + g(py): a phase along x moves every row alike and
+adds to f only, a phase along y to g only. So one row that runs the phases along x, and one column
+that runs those along y, give the time of the whole grid, exactly where both are simulated:
+cycles = max f + max g. `whole` runs the same phases on all cores for comparison.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from .collectives import Flood, Reduce
+from .engine import Run, run
+from .program import Code, Program
+from .spec import WaferSpec
+from .wires import Wires
+
+
+@dataclass(frozen=True)
+class Phase:
+    """axis None: `cycles` of local work; "x" or "y": all-reduce of `words` along that axis."""
+
+    name: str
+    axis: str | None = None
+    words: int = 0
+    cycles: int = 0
+
+
+def local(name: str, cycles: float) -> Phase:
+    return Phase(name, None, 0, max(0, round(cycles)))
+
+
+def allreduce(name: str, axis: str, words: int) -> Phase:
+    return Phase(name, axis, words)
+
+
+class _Axis:
+    def __init__(self, program: Program, axis: str, groups: int | None):
+        self.length = program.columns if axis == "x" else program.rows
+        self.reduce = Reduce(Wires(program, axis), "ktree", groups)
+        self.flood = Flood(Wires(program, axis), self.reduce.root)
+
+    def write(self, code: Code, p: int, words: int) -> None:
+        self.reduce.write(code, p, words, 0, "instruction")
+        self.flood.write(code, p, words, 0, "instruction")
+
+    def role(self, p: int):
+        colours = self.reduce.colours
+        return (p == self.reduce.root, *(
+            (way, colours[(q, p) if way == "from" else (p, q)]) for way, q in self.reduce.stops[p]
+        ))  # fmt: skip
+
+
+def build(
+    spec: WaferSpec, rows: int, columns: int, phases: tuple[Phase, ...], groups: int | None
+) -> Program:
+    """All phases on all cores; an axis of length 1 does nothing in its phases."""
+    words = max([p.words for p in phases], default=1) or 1
+    names = tuple(dict.fromkeys(p.name for p in phases))
+    program = Program(spec, rows, columns, names, words)
+    axes = {axis: _Axis(program, axis, groups) for axis in ("x", "y")}
+    roles_x = [axes["x"].role(px) for px in range(columns)]
+    roles_y = [axes["y"].role(py) for py in range(rows)]
+    made = {}
+    for py in range(rows):
+        for px in range(columns):
+            key = (roles_x[px], roles_y[py])
+            if key not in made:
+                code = Code(spec)
+                code.task()
+                for phase in phases:
+                    code.tag = names.index(phase.name)
+                    code.calc(phase.cycles)
+                    if phase.axis:
+                        axes[phase.axis].write(code, px if phase.axis == "x" else py, phase.words)
+                code.halt()
+                made[key] = code
+            program.place(made[key], py, px)
+    return program
+
+
+def whole(spec, rows, columns, phases, groups=None) -> Run:
+    """The cycle engine on the whole grid."""
+    return run(build(spec, rows, columns, tuple(phases), groups))
+
+
+@functools.lru_cache(256)
+def cycles(
+    spec: WaferSpec, rows: int, columns: int, phases: tuple[Phase, ...], groups: int | None = None
+) -> tuple[int, dict[str, float]]:
+    """Cycles of the whole grid and of each phase, from one row and one column."""
+    total, by_name = 0, {phase.name: 0.0 for phase in phases}
+    for axis, shape in (("x", (1, columns)), ("y", (rows, 1))):
+        chosen = tuple(p for p in phases if p.axis == axis)
+        if not chosen or max(shape) == 1:
+            continue
+        done = run(build(spec, *shape, chosen, groups))
+        total += done.cycles
+        last = done["finish"].reshape(-1).argmax()
+        times = done.phases.reshape(-1, len(done.program.phases))[last]
+        for name, time in zip(done.program.phases, times.tolist(), strict=True):
+            by_name[name] += time
+    for phase in phases:
+        if phase.axis is None:
+            total += phase.cycles
+            by_name[phase.name] += phase.cycles
+    return total, by_name
