@@ -335,6 +335,14 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.cgpt.packed_gemm.default, (torch.randn(3, 96), *args))
 
 
+@pytest.mark.parametrize("format", ["bf16", "int4"])
+def test_a_compiled_call_gives_the_same_bits(format):
+    packed, x = pack_weight(torch.randn(40, 96), format), torch.randn(3, 96).bfloat16()
+    compiled = torch.compile(lambda x: ops.gemm(x, packed, activation="relu"), backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), ops.gemm(x, packed, activation="relu"))
+
+
 def test_autocast_narrows_x():
     packed = pack_weight(torch.randn(40, 96), "bf16")
     x = torch.randn(3, 96)

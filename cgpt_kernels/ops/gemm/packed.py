@@ -90,6 +90,10 @@ def pack_weight(
     "int8": scale = max |w| / 127 of each output channel. "int4": of ten scales around
     max |w| / 8 of each group the one with the smallest squared error, stored in bf16.
 
+    A product with it keeps the numerics rule against the unpacked weight in fp64. Where the tier
+    multiplies integers, rounding row i of x adds to output n at most max |x_i| / 32638 * sum |w_n|
+    for up to 16 rows ("int8", "int4"), and max |x_i| / 254 * sum |w_n| for more ("int8").
+
     Args:
         weight: [N, K] for weight_layout "nk" (nn.Linear), [K, N] for "kn" (GPT-2's Conv1D); fp32,
             bf16 or fp16.
