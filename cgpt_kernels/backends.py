@@ -126,13 +126,12 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
 
 
 @functools.cache
-def gradient(op: str, backend: str) -> Callable | None:
-    """A backend's own backward, `<kernel>_bwd` beside its `<kernel>_fwd` in the same file, or None:
-    then the op's backward in plain torch operations serves."""
+def own(op: str, backend: str, name: str) -> Callable | None:
+    """A function that a backend's Python file may offer beside its forward, such as the backward;
+    None where it does not, and the op's plain torch operations serve."""
     forward, _ = implementation(op, backend)
     if forward is None or backend in ("cpu", "cuda"):
         return None
-    name = OPS[op].kernel.removesuffix("_fwd") + "_bwd"
     return getattr(importlib.import_module(forward.__module__), name, None)
 
 

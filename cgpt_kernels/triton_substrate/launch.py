@@ -23,7 +23,8 @@ CAPABILITIES = ("8.0", "9.0", "10.0")
 
 @functools.cache
 def table() -> dict:
-    """kernel -> class of shape -> {"why", "8.0", "9.0", "10.0", perhaps "measured"}."""
+    """kernel -> class of shape -> {"why", "8.0", "9.0", "10.0", "measured"}, and "interpreter" for
+    values that it takes instead of some of 8.0's."""
     return json.loads(TABLE_PATH.read_text())["kernels"]
 
 
@@ -59,4 +60,7 @@ def config(kernel: str, shape_class: str, device: int | None) -> dict[str, int]:
     A product and the sum it goes into are one rounding (FMA), said in so many words: Triton 3.10
     changes its default.
     """
-    return table()[kernel][shape_class][capability(device)] | {"enable_fp_fusion": True}
+    entry = table()[kernel][shape_class]
+    chosen = entry[capability(device)] | {"enable_fp_fusion": True}
+    # a program costs the interpreter milliseconds whatever its size
+    return chosen | entry.get("interpreter", {}) if INTERPRETED else chosen

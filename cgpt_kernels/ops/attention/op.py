@@ -292,7 +292,7 @@ def _fake(
 
 
 def _save(ctx, inputs, output):
-    q, k, v, *masks, scale, causal, dropout_p, seed, _ = inputs
+    q, k, v, *masks, scale, causal, dropout_p, seed, ctx.backend = inputs
     out, lse = output
     _no_alibi_grad(masks[2])
     ctx.mark_non_differentiable(lse)
@@ -303,7 +303,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     *tensors, seed = ctx.saved_tensors
     need_q, need_k, need_v, _, need_bias = ctx.needs_input_grad[:5]
-    dq, dk, dv, dbias = torch.ops.cgpt.attention_bwd(dout, *tensors, *ctx.options, seed, need_bias)
+    options = *ctx.options, seed, need_bias, ctx.backend
+    dq, dk, dv, dbias = torch.ops.cgpt.attention_bwd(dout, *tensors, *options)
     return (
         dq if need_q else None,
         dk if need_k else None,
@@ -314,9 +315,14 @@ def _backward(ctx, dout, dlse):
     )
 
 
+def _run_bwd(*args):
+    *args, backend = args
+    return (backends.own("attention", backend, "attention_bwd") or attention_bwd)(*args)
+
+
 def _fake_bwd(
     dout, q, k, v, out, lse, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p,
-    seed, need_bias,
+    seed, need_bias, backend,
 ):  # fmt: skip
     dbias = attn_bias.new_empty(attn_bias.shape) if need_bias else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
@@ -348,8 +354,8 @@ define(
 define(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor? key_padding_mask, Tensor? attn_bias, Tensor? alibi_slopes, float scale, bool causal,"
-    " float dropout_p, Tensor? seed, bool need_bias)"
+    " float dropout_p, Tensor? seed, bool need_bias, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
-    attention_bwd,
+    _run_bwd,
     _fake_bwd,
 )

@@ -192,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, drows):
         _, need_x, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
         need = need_x, need_weight, need_bias
-        grads = _run_bwd(drows, *ctx.saved_tensors, *ctx.options, need)
+        grads = _run_bwd(drows, *ctx.saved_tensors, None, *ctx.options, need, "cpu")
         dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
         return None, dx, dweight, None, dbias, None, None
 
@@ -213,36 +213,35 @@ def _fake(x, weight, target, bias, ignore_index, label_smoothing, backend):
 
 
 def _save(ctx, inputs, output):
-    x, weight, target, bias, ignore_index, label_smoothing, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, target, bias)
+    x, weight, target, bias, ignore_index, label_smoothing, ctx.backend = inputs
+    lse = output[1]
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(x, weight, target, bias, lse)
     ctx.options = ignore_index, label_smoothing
 
 
 def _backward(ctx, drows, dlse):
     need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     need = need_x, need_weight, need_bias
-    grads = torch.ops.cgpt.linear_cross_entropy_bwd(drows, *ctx.saved_tensors, *ctx.options, need)
+    options = *ctx.options, need, ctx.backend
+    grads = torch.ops.cgpt.linear_cross_entropy_bwd(drows, *ctx.saved_tensors, *options)
     dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
     return dx, dweight, None, dbias, None, None, None
 
 
-def _run_bwd(drows, x, weight, target, bias, ignore_index, label_smoothing, need):
+def _run_bwd(drows, x, weight, target, bias, lse, ignore_index, label_smoothing, need, backend):
     M, K = target.numel(), x.shape[-1]
-    dx, dweight, dbias = linear_cross_entropy_bwd(
-        drows,
-        x.reshape(M, K),
-        weight,
-        target.reshape(M),
-        bias,
-        ignore_index,
-        label_smoothing,
-        need,
-    )
+    rows = (drows, x.reshape(M, K), weight, target.reshape(M), bias)
+    own = backends.own("linear_cross_entropy", backend, "linear_cross_entropy_bwd")
+    if own is None:  # which takes the softmax anew, without lse
+        grads = linear_cross_entropy_bwd(*rows, ignore_index, label_smoothing, need)
+    else:
+        grads = own(*rows, lse, ignore_index, label_smoothing, need)
+    dx, dweight, dbias = grads
     return dx.view(x.shape) if need[0] else dx, dweight, dbias
 
 
-def _fake_bwd(drows, x, weight, target, bias, ignore_index, label_smoothing, need):
+def _fake_bwd(drows, x, weight, target, bias, lse, ignore_index, label_smoothing, need, backend):
     return (
         x.new_empty(x.shape if need[0] else 0),
         weight.new_empty(weight.shape if need[1] else 0),
@@ -266,7 +265,7 @@ define(
 )
 define(
     "linear_cross_entropy_bwd(Tensor drows, Tensor x, Tensor weight, Tensor target, Tensor? bias,"
-    " SymInt ignore_index, float label_smoothing, bool[3] need)"
+    " Tensor? lse, SymInt ignore_index, float label_smoothing, bool[3] need, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _run_bwd,
     _fake_bwd,

@@ -205,8 +205,11 @@ def _run(x, weight, bias, residual, activation, weight_layout, keep_pre, backend
     bias = bias if bias is None else dense_last(bias)
     residual = residual if residual is None else as_rows(residual)
     call = (kernel, as_rows(x), weight, bias, residual, activation, weight_layout)
-    kept = keep_pre and activation is not None
-    y, pre = _forward_with_pre(*call) if kept else (_forward(*call), x.new_empty(0))
+    if keep_pre and activation is not None:
+        with_pre = backends.own("gemm", backend, "gemm_fwd_with_pre")
+        y, pre = with_pre(*call[1:]) if with_pre else _forward_with_pre(*call)
+    else:
+        y, pre = _forward(*call), x.new_empty(0)
     return y.view((*x.shape[:-1], y.shape[1])), pre
 
 
@@ -218,7 +221,7 @@ def _fake(x, weight, bias, residual, activation, weight_layout, keep_pre, backen
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, _, activation, weight_layout, keep_pre, _ = inputs
+    x, weight, bias, _, activation, weight_layout, keep_pre, ctx.backend = inputs
     pre = output[1]
     ctx.mark_non_differentiable(pre)
     ctx.save_for_backward(x, weight, bias, pre)
@@ -234,13 +237,19 @@ def _backward(ctx, dy, dpre):
         raise RuntimeError(
             "gemm: torch.ops.cgpt.gemm needs keep_pre=True to give gradients through an activation"
         )
-    grads = torch.ops.cgpt.gemm_bwd(dy, x, weight, bias, pre, activation, weight_layout, need)
+    options = activation, weight_layout, need, ctx.backend
+    grads = torch.ops.cgpt.gemm_bwd(dy, x, weight, bias, pre, *options)
     dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
     dresidual = dy if ctx.needs_input_grad[3] else None
     return dx, dweight, dbias, dresidual, None, None, None, None
 
 
-def _fake_bwd(dy, x, weight, bias, pre, activation, weight_layout, need):
+def _run_bwd(dy, x, weight, bias, pre, activation, weight_layout, need, backend):
+    bwd = backends.own("gemm", backend, "gemm_bwd") or gemm_bwd
+    return bwd(dy, x, weight, bias, pre, activation, weight_layout, need)
+
+
+def _fake_bwd(dy, x, weight, bias, pre, activation, weight_layout, need, backend):
     return (
         x.new_empty(x.shape if need[0] else 0),
         weight.new_empty(weight.shape if need[1] else 0),
@@ -263,7 +272,8 @@ define(
 )
 define(
     "gemm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str? activation,"
-    " str weight_layout, bool[3] need) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    gemm_bwd,
+    " str weight_layout, bool[3] need, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _run_bwd,
     _fake_bwd,
 )

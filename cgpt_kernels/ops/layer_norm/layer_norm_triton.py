@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...triton_substrate import launch
 from ...triton_substrate.device import narrow
+from ...triton_substrate.shares import add_shares
 from ..dispatch import as_rows, dense_last
 
 # A row lies in the registers of one program; a wider one would spill in the backward, which holds
@@ -96,27 +97,6 @@ def layer_norm_bwd_kernel(
         share = program.to(tl.int64) * C + c
         tl.store(dweight + share, tl.sum(dw, 0), mask=c < C)
         tl.store(dbias + share, tl.sum(db, 0), mask=c < C)
-
-
-@triton.jit
-def layer_norm_shares_kernel(
-    shares_w, shares_b, dweight, dbias, programs, C,
-    HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dweight and dbias: the shares added up, BLOCK_P programs at a time in their order."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    w = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    b = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(0, programs, BLOCK_P):
-        there = (start + p < programs)[:, None] & (c < C)[None, :]
-        at = (start + p)[:, None] * C + c[None, :]
-        w += tl.load(shares_w + at, mask=there, other=0.0)
-        if HAS_BIAS:
-            b += tl.load(shares_b + at, mask=there, other=0.0)
-    tl.store(dweight + c, narrow(tl.sum(w, 0), dweight.dtype.element_ty), mask=c < C)
-    if HAS_BIAS:
-        tl.store(dbias + c, narrow(tl.sum(b, 0), dbias.dtype.element_ty), mask=c < C)
 
 
 # ---- launch -------------------------------------------------------------------------------------
@@ -212,8 +192,5 @@ def layer_norm_bwd(
         BLOCK_C=triton.next_power_of_2(C), **chosen,
     )  # fmt: skip
     if need_parameters:
-        chosen = launch.config("layer_norm_shares", "any", x.device.index)
-        layer_norm_shares_kernel[(triton.cdiv(C, chosen["BLOCK_C"]),)](
-            shares[0], shares[1], dweight, dbias, programs, C, need_bias, **chosen
-        )
+        add_shares(shares[0], dweight, *((shares[1], dbias) if need_bias else ()))
     return dx, dweight if need[1] else weight.new_empty(0), dbias

@@ -282,7 +282,7 @@ def _backward_add(ctx, dy, dtotal, dmean, drstd):
 
 
 def _run_bwd(dy, dtotal, x, weight, bias, mean, rstd, need, backend):
-    bwd = backends.gradient("layer_norm", backend) or layer_norm_bwd
+    bwd = backends.own("layer_norm", backend, "layer_norm_bwd") or layer_norm_bwd
     return bwd(dy, dtotal, x, weight, bias, mean, rstd, need)
 
 
