@@ -7,7 +7,9 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
 # The Triton kernels on CPU tensors. Triton reads the variable once, hence a process of its own.
-INTERPRETED := tests/test_ops.py tests/test_properties.py
+INTERPRETED := tests/test_ops.py tests/test_properties.py tests/test_triton_interpreted.py
+# Minutes of ptxas in one file: both cores share its cases.
+BUDGET := tests/test_triton_budget.py
 
 .PHONY: demo test bench build check format clean
 
@@ -15,7 +17,8 @@ demo: build
 	$(BIN)/cgpt-kernels demo
 
 test: build
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore $(BUDGET) tests
+	$(BIN)/python -m pytest -q -n 2 $(BUDGET)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -k triton $(INTERPRETED)
 
 bench: build

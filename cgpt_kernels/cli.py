@@ -1,4 +1,4 @@
-"""The command line: `cgpt-kernels doctor | demo | generate | quantize | bench`.
+"""The command line: `cgpt-kernels doctor | demo | generate | quantize | bench | tune`.
 
 Results go to stdout; progress, rates and errors to stderr. An error is one line and exit code 2; a
 check that fails (outputs that disagree) is exit code 1.
@@ -385,6 +385,28 @@ def bench_command(
         red = any(row.red for row in rows)
     if red:
         raise typer.Exit(1)
+
+
+@app.command("tune", short_help="Measure the launch table of the Triton kernels on this GPU.")
+def tune_command(
+    calls: Annotated[
+        str, typer.Argument(help="Start of the calls' names, e.g. gemm or 'attention D=64'.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON; default: the package's own table.")
+    ] = None,
+) -> None:
+    """Try the launch configurations of each kernel and write the fastest into the table.
+
+    \b
+    cgpt-kernels tune                      hours: every kernel, class of shape and candidate
+    cgpt-kernels tune "attention D=64"     one part of it
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("tune: triton is not installed: pip install 'cgpt-kernels[triton]'")
+    from . import tune
+
+    tune.tune(calls, **({} if out is None else {"out": out}))
 
 
 def _bench_end_to_end(model: str, dtypes: list[str], threads: int | None, out: Path | None) -> bool:

@@ -17,7 +17,7 @@ FLOORS = [
     {"wafer"},
     {"ops"},
     {"gpt", "decoder"},
-    {"replace", "bench"},
+    {"replace", "bench", "tune"},
     {"generate", "quantize", "bench_e2e"},
     {"doctor"},
     {"demo"},

@@ -64,3 +64,16 @@ def config(kernel: str, shape_class: str, device: int | None) -> dict[str, int]:
     chosen = entry[capability(device)] | {"enable_fp_fusion": True}
     # a program costs the interpreter milliseconds whatever its size
     return chosen | entry.get("interpreter", {}) if INTERPRETED else chosen
+
+
+def as_text() -> str:
+    """The table as it is written to the file: a line per value, so that a change can be read."""
+    note = json.loads(TABLE_PATH.read_text())["note"]
+    kernels = []
+    for kernel, classes in table().items():
+        entries = []
+        for which, entry in classes.items():
+            values = (f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items())
+            entries.append(f"   {json.dumps(which)}: {{\n" + ",\n".join(values) + "\n   }")
+        kernels.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(entries) + "\n  }")
+    return f'{{\n "note": {json.dumps(note)},\n "kernels": {{\n' + ",\n".join(kernels) + "\n }\n}\n"

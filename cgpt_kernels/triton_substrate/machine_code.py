@@ -40,9 +40,12 @@ _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the kernel, its arguments in order, and its compile options."""
+    """One kernel launch: the kernel, the (kernel, class of shape) whose launch configuration it
+    asked for, its grid, its arguments by name, its compile options."""
 
     kernel: JITFunction
+    asked: tuple[str, str]
+    grid: tuple[int, ...]
     arguments: dict[str, object]
     options: dict[str, int]
 
@@ -59,18 +62,23 @@ class MachineCode:
 
 @contextlib.contextmanager
 def _recording(into: list[Launch]) -> Iterator[None]:
-    run = JITFunction.run
+    run, config, asked = JITFunction.run, launch.config, []
+
+    def look_up(kernel, shape_class, device):
+        asked.append((kernel, shape_class))
+        return config(kernel, shape_class, device)
 
     def note(self, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         names = [p.name for p in self.params]
-        into.append(Launch(self, dict(zip(names, args, strict=False)) | kwargs, options))
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        into.append(Launch(self, asked[-1], grid, arguments, options))
 
-    JITFunction.run = note
+    JITFunction.run, launch.config = note, look_up
     try:
         yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, launch.config = run, config
 
 
 def record(call: Callable[[], object], capability: str) -> list[Launch]:
@@ -81,8 +89,14 @@ def record(call: Callable[[], object], capability: str) -> list[Launch]:
     """
     if launch.INTERPRETED:
         raise RuntimeError("machine_code: unset TRITON_INTERPRET, the interpreter compiles nothing")
+    with launch.as_if(capability):
+        return launches(call, "meta")
+
+
+def launches(call: Callable[[], object], device: str | torch.device) -> list[Launch]:
+    """The launches of call(), which allocates on the device; none of them is made."""
     found: list[Launch] = []
-    with launch.as_if(capability), _recording(found), torch.device("meta"):
+    with _recording(found), torch.device(device):
         call()
     return found
 
