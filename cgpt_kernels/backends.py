@@ -88,11 +88,9 @@ def _interpreted() -> bool:
     return importlib.import_module("cgpt_kernels.triton_substrate.device").INTERPRETED
 
 
-@torch.compiler.assume_constant_result
-def _limits(op: str, backend: str) -> Callable | None:
-    """`unsupported` of a backend's file: (the call's tensors) -> reason or None."""
-    module = importlib.import_module(implementation(op, backend)[0].__module__)
-    return getattr(module, "unsupported", None)
+# (op, backend) -> `unsupported` of the backend's file: (the call's tensors) -> reason or None.
+# A plain dict, filled when the file is imported: torch.compile looks into it.
+_LIMITS: dict[tuple[str, str], Callable] = {}
 
 
 @torch.compiler.assume_constant_result  # what is built and installed: nothing to trace or to guard
@@ -120,7 +118,10 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
         return None, f"no file ops/{folder}/{folder}_{backend}.py"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return None, "triton is not installed: pip install 'cgpt-kernels[triton]'"
-    found = getattr(importlib.import_module(module), kernel, None)
+    file = importlib.import_module(module)
+    if hasattr(file, "unsupported"):
+        _LIMITS[op, backend] = file.unsupported
+    found = getattr(file, kernel, None)
     reason = None if found else f"ops/{folder}/{folder}_{backend}.py has no {kernel}"
     return found, reason
 
@@ -165,10 +166,8 @@ def why_not(op: str, backend: str, tensors: tuple) -> str | None:
             f"{first} is {checks.name_of(x.dtype)}, "
             f"it takes {checks.one_of(map(checks.name_of, what.dtypes))}"
         )
-    if backend not in ("eager", "cpu", "cuda"):
-        limits = _limits(op, backend)
-        return limits(*tensors) if limits else None
-    return None
+    limits = _LIMITS.get((op, backend))
+    return limits(*tensors) if limits else None
 
 
 def _rules(op: str, backend: str, tensors: tuple) -> str | None:

@@ -87,6 +87,27 @@ def test_rows_wider_than_a_program_are_refused():
         ops.attention(q, q, q, backend="triton")
 
 
+def test_torch_compile_takes_every_op_whole():
+    def block(x, gain, weight, bias):
+        x = ops.layer_norm(x, gain, bias, backend="triton")
+        x = ops.gemm(x, weight, bias, activation="gelu", backend="triton")
+        heads = x.view(2, 3, 2, 8).transpose(1, 2)
+        x = ops.attention(heads, heads, heads, backend="triton").transpose(1, 2).reshape(2, 3, 16)
+        target = torch.arange(6).view(2, 3)
+        return ops.linear_cross_entropy(x, weight, target, backend="triton")
+
+    leaves = [
+        torch.randn(*shape).requires_grad_() for shape in ((2, 3, 16), (16,), (16, 16), (16,))
+    ]
+    wanted = block(*leaves)
+    found = torch.compile(block, backend="aot_eager", fullgraph=True)(*leaves)
+    assert torch.equal(found, wanted)
+    for g, w in zip(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), strict=True
+    ):
+        assert torch.equal(g, w)
+
+
 def test_the_shipped_model_generates_the_same_tokens():
     prompt = torch.arange(40, 52)[None]
     model = ck.GPT.from_pretrained(TINY, dtype=torch.float32).eval()
