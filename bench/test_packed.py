@@ -97,7 +97,7 @@ def show(name, M, seconds, bandwidth):
 
 
 @torch.no_grad()
-def main(seconds=1.5):
+def main(seconds=1.0):
     torch.manual_seed(0)
     print(f"{timing.machine_cpu()}, {torch.get_num_threads()} threads, {backends._C.cpu_isa()}")
     bandwidth = huge_page_bandwidth()
