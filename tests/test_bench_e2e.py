@@ -71,7 +71,7 @@ def test_a_run_shows_systems_and_targets_and_writes_json_and_a_picture(small, tm
     expected = {(name, work) for name in ("ours_gpt", "ours_hf", "torch_sdpa") for work in works}
     assert rows.keys() == expected | {("ours_hf_generate", "512")}
     for row in group["rows"]:
-        assert row["rounds"] == 2 and row["red"] is None
+        assert row["rounds"] == 2 and row["red"] is None and 0 <= row["others"] <= 1
         assert 0 < row["prefill"] <= row["prefill_median"]
         assert row["work"] == "2048" or 0 < row["token"] <= row["token_median"]
     assert rows["torch_sdpa", "batch"]["batch"] == 2
@@ -91,7 +91,7 @@ def test_a_run_of_one_format_keeps_the_others_of_the_file(few, tmp_path):
 
 def test_preparing_measures_nothing(few, tmp_path):
     sound, text = run_small(tmp_path, "torch_sdpa:fp32", prepare=True)
-    assert sound and "torch_sdpa:fp32: made ready" in text
+    assert sound and "making torch_sdpa:fp32 ready" in text
     assert not (tmp_path / "e2e.json").exists()
     folder = tmp_path / "cgpt-kernels-bench" / "small"
     assert (folder / "checkpoint" / "config.json").is_file()
@@ -157,6 +157,12 @@ def test_a_choice_brings_our_own_systems_in_its_formats():
 def test_an_unknown_choice_is_an_error(wrong):
     with pytest.raises(ValueError, match="bench: --peers"):
         systems.select(wrong)
+
+
+def test_threads_that_never_sleep_are_refused(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with pytest.raises(ValueError, match="would spin"):
+        bench_e2e.run(Console())
 
 
 @pytest.mark.parametrize("name", systems.NAMES)
@@ -286,7 +292,8 @@ def row(**changes):
     given |= dict(work="512", batch=1, prompt=512, new_tokens=32, rounds=3)
     given |= dict(prefill=0.1, prefill_median=0.1, token=0.01, token_median=0.01)
     given |= dict(prefill_bound=0.05, token_bound=0.008, prefill_flops=8e10, prefill_bytes=2e8)
-    given |= dict(token_flops=2e8, token_bytes=2.2e8, same=32, compared=32, gap=0.0, red=None)
+    given |= dict(token_flops=2e8, token_bytes=2.2e8, same=32, compared=32, gap=0.0, others=0.0)
+    given |= dict(red=None)
     return measure.Row(**{**given, **changes})
 
 

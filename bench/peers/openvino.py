@@ -107,18 +107,21 @@ def _step_of(gpt):
         def forward(self, input_ids, position_ids, beam_idx, *past):
             parts = self.gpt.transformer
             x = parts.wte(input_ids) + parts.wpe(position_ids)  # B S C
+            # The plugin's attention is several times slower with a mask of bool than with one that
+            # is added.
+            T = past[0].shape[2] + input_ids.shape[1]
+            hidden = torch.arange(T) > position_ids[:, None, :, None]  # B 1 S T
+            mask = torch.where(hidden, torch.tensor(torch.finfo(torch.float32).min), 0.0)
             present = []
             for layer, block in enumerate(parts.h):
                 a = block.attn
                 B, S, C = x.shape
-                qkv = a.c_attn(block.ln_1(x)).view(B, S, 3, a.n_head, -1)
-                q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B H S D
+                heads = a.c_attn(block.ln_1(x)).split(C, -1)
+                q, k, v = (t.view(B, S, a.n_head, -1).transpose(1, 2) for t in heads)  # B H S D
                 k = torch.cat([past[2 * layer].index_select(0, beam_idx), k], 2)
                 v = torch.cat([past[2 * layer + 1].index_select(0, beam_idx), v], 2)
                 present += [k, v]
-                keys = torch.arange(k.shape[2])
-                visible = keys <= position_ids[:, None, :, None]  # B 1 S T
-                y = F.scaled_dot_product_attention(q, k, v, visible, scale=a.scale)
+                y = F.scaled_dot_product_attention(q, k, v, mask, scale=a.scale)
                 x = x + a.c_proj(y.transpose(1, 2).reshape(B, S, C))
                 x = x + block.mlp(block.ln_2(x))
             return (self.gpt.lm_head(parts.ln_f(x[:, -1])), *present)

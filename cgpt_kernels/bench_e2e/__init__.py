@@ -7,6 +7,7 @@ each other; a system whose greedy tokens are not those of eager fp32 counts in n
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -46,12 +47,18 @@ def run(
         everything: the prompt of 2048 tokens and the batch of 8 in every format, not in bf16 only.
         prepare: convert, compile and run everything once, and measure nothing.
     Raises:
-        ValueError: unknown model, peer or format.
+        ValueError: unknown model, peer or format; fewer than 1 round or 3 tokens; OpenMP threads
+            that never sleep.
         Failed: the checkpoint cannot be made, or no roof can be measured.
     """
     if rounds < 1 or new_tokens < 3:
         raise ValueError(
             f"bench: rounds must be at least 1 and new tokens 3, got {rounds} and {new_tokens}"
+        )
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active":
+        raise ValueError(
+            "bench: OMP_WAIT_POLICY must be passive or unset with --peers, got active: systems "
+            "that wait for their turn would spin"
         )
     config = systems.helper("weights").config_of(model)
     found, absent = systems.resolve(systems.select(peers))
@@ -84,8 +91,7 @@ def run(
         if kind == "bf16":
             group["single"] = measure.single_ops(job)
         groups[kind] = group
-    for kind in measured:
-        console.print(report.systems_table(kind, groups[kind]))
+        console.print(report.systems_table(kind, group))
     verdicts = _judge(groups)
     console.print(report.targets_table(verdicts))
     failed = {key: why for kind in measured for key, why in groups[kind]["failed"].items()}
@@ -113,16 +119,18 @@ def _judge(groups: dict) -> list[targets.Verdict]:
 def _conditions(job: measure.Run, groups: dict, measured: list[str]) -> list[str]:
     lines = [
         f"{timing.machine_cpu()}, {job.threads} threads, {job.name} with random weights, greedy; "
-        f"medians of {job.rounds} rounds in turns; each system in a process of its own",
+        f"medians of {job.rounds} rounds in turns; each system in a process of its own; "
+        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset')}",
         "bound: the larger of FLOP / measured rate and bytes / measured read bandwidth; a step "
         "reads every weight once, and keys and values",
     ]
     for kind in measured:
         peaks, idle = groups[kind]["peaks"], groups[kind]["idle_share"]
+        others = max((row["others"] for row in groups[kind]["rows"]), default=0.0)
         lines.append(
             f"{kind}: {peaks['flops'][kind] / 1e9:.0f} GFLOP/s, "
-            f"{peaks['bandwidth'] / 1e9:.1f} GB/s; waiting processes used at most {idle:.1%} of a "
-            "core"
+            f"{peaks['bandwidth'] / 1e9:.1f} GB/s; waiting systems used at most {idle:.1%} of a "
+            f"core, processes outside the run at most {others:.0%} of all cores"
         )
     return lines
 

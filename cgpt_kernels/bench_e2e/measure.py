@@ -34,6 +34,7 @@ class Row:
     prefill_flops, ...: of one prefill and of one step, for the roofline.
     same, gap: leading greedy tokens equal to eager fp32's in every row, of `compared`; where the
         rows part, the largest gap in standard deviations of the logits.
+    others: largest share of all cores that other processes used during a repetition.
     red: what shows that it runs another model, so that it counts in no ratio.
     """
 
@@ -59,6 +60,7 @@ class Row:
     same: int
     compared: int
     gap: float
+    others: float
     red: str | None
 
     @property
@@ -133,7 +135,7 @@ def make_ready(run: Run, systems: list[System]) -> dict[str, str]:
     failed = {}
     with Pool(run.folder, run.threads, run.warm, timed=False) as pool:
         for system in systems:
-            run.show(f"{system.key}: made ready")
+            run.show(f"making {system.key} ready")
             try:
                 pool.get(system)
             except Failed as error:
@@ -239,6 +241,7 @@ def _row(
         same=same,
         compared=work.new_tokens,
         gap=gap,
+        others=max(answer["others"] for answer in answers),
         red=red,
     )
 

@@ -14,7 +14,11 @@ from .targets import Verdict, share
 
 
 def systems_table(format: str, group: dict) -> Table:
-    """Medians of one format, each with its share of the bound."""
+    """Medians of one format, each with its share of the bound.
+
+    Last column: leading greedy tokens that are eager fp32's, and where they part by how many
+    standard deviations of the logits.
+    """
     rows = rows_of(group)
     works = list(dict.fromkeys(row.work for row in rows))
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -27,7 +31,7 @@ def systems_table(format: str, group: dict) -> Table:
         if shape[work].token_median is not None:
             out.add_column(f"decode{rows_text}, tok/s", justify="right")
             out.add_column("bound", justify="right")
-    out.add_column("greedy tokens as eager fp32's")
+    out.add_column("tokens = eager fp32's")
     for name in dict.fromkeys(row.system for row in rows):
         own = {row.work: row for row in rows if row.system == name}
         cells = []
@@ -54,7 +58,7 @@ def _agreement(rows: list[Row]) -> str:
     row = min(rows, key=lambda r: r.same / r.compared)
     if row.same == row.compared:
         return f"all {max(r.compared for r in rows)}"
-    return f"first {row.same} of {row.compared}, then {max(r.gap for r in rows):.2f} sd apart"
+    return f"first {row.same} of {row.compared}; {max(r.gap for r in rows):.2f} sd"
 
 
 def targets_table(verdicts: list[Verdict]) -> Table:

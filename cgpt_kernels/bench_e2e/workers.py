@@ -19,7 +19,6 @@ RUN_SECONDS = 600
 SPARE_BYTES = 2 << 30  # never counted on: page cache, the other processes' growth
 # OpenMP threads of the worker that ran last spin for some milliseconds before they sleep.
 SETTLE_SECONDS = 0.1
-_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 class Failed(RuntimeError):
@@ -164,22 +163,30 @@ class Pool:
     def repetition(self, system: System, work: Work, ids: list[list[int]]) -> dict:
         """One timed repetition, with all other workers asleep.
 
+        Returns:
+            Worker.run's answer and "others", the share of all cores that processes outside this
+            pool used meanwhile.
         Raises:
             Failed: it does not load or run; its worker has ended then.
         """
         worker = self.get(system)
         others = [w for w in self.alive.values() if w is not worker]
         time.sleep(SETTLE_SECONDS)
-        began, before = time.perf_counter(), sum(w.cpu_seconds() for w in others)
+        began, waiting = time.perf_counter(), sum(w.cpu_seconds() for w in others)
+        machine, own = machine_seconds(), worker.cpu_seconds()
         try:
             answer = worker.run(ids, work.new_tokens)
         except Failed:
             self.alive.pop(system.key).close()
             raise
         taken = time.perf_counter() - began
-        idle = (sum(w.cpu_seconds() for w in others) - before) / taken
-        self.idle_share = max(self.idle_share, idle)
-        return answer
+        own = worker.cpu_seconds() - own
+        waiting = sum(w.cpu_seconds() for w in others) - waiting
+        self.idle_share = max(self.idle_share, waiting / taken)
+        foreign = machine_seconds() - machine - own - waiting
+        # clocks tick every 10 ms: a repetition as short as that may seem to exceed the machine
+        share = foreign / taken / (os.cpu_count() or 1)
+        return answer | {"others": min(1.0, max(0.0, share))}
 
     def _guess(self, system: System) -> int:
         """Bytes, for a first start: the checkpoint, a cast or converted copy and a packed one."""
@@ -195,10 +202,11 @@ class Pool:
 def environment(threads: int, *, timed: bool) -> dict[str, str]:
     """For a process of bench/peers: this package, the thread count, nothing from a network.
 
-    timed: threads wait in their library's own way, as they do for its users. Otherwise they sleep,
+    timed: OpenMP threads wait as OMP_WAIT_POLICY says, the same for every system; where it is not
+        set, each library's default holds, which spins for some milliseconds. Otherwise they sleep,
         since spinning threads are many times slower beside other processes.
     """
-    kept = {k: v for k, v in os.environ.items() if k not in _WAITING}
+    kept = dict(os.environ)
     if not timed:
         kept["OMP_WAIT_POLICY"] = "passive"
     package = str(PEERS.parents[1])
@@ -209,6 +217,14 @@ def environment(threads: int, *, timed: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def machine_seconds() -> float:
+    """Processor time that all processes have used; 0 where the system does not tell."""
+    for line in _lines("/proc/stat"):
+        fields = [int(field) for field in line.split()[1:9]]
+        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # idle, iowait
+    return 0.0
 
 
 def memory_available() -> int:
