@@ -19,6 +19,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .wafer.cli import app as wafer_app
+
 # torch, rich and the rest of the package are imported by the command that needs them.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -426,6 +428,9 @@ def _bench_end_to_end(model: str, dtypes: list[str], threads: int | None, out: P
         if out is not None:
             console.print(f"written to {demo.write(out, rows)}", markup=False, highlight=False)
     return any(row.red or math.isnan(row.speedups[0]) for row in rows)
+
+
+app.add_typer(wafer_app, name="wafer", short_help="A modelled wafer-scale engine.")
 
 
 # ---- what the commands share --------------------------------------------------------------------

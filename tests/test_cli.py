@@ -176,8 +176,8 @@ def test_errors_are_one_line_with_the_way_out(folder, tmp_path):
 
 
 def test_a_named_backend_that_cannot_run_says_why(folder):
-    message = fails("generate", "--prompt", "a", "--model", folder, "--backend", "wafer")
-    assert "backend 'wafer' cannot run" in message and "Available here: cpu" in message
+    message = fails("generate", "--prompt", "a", "--model", folder, "--backend", "cuda")
+    assert "backend 'cuda' cannot run" in message and "Available here: cpu" in message
 
 
 def test_nothing_is_written_before_an_error(folder):

@@ -402,7 +402,10 @@ def timeline(done: Run) -> list:
     """Spans (core, thread, phase, start, end) from a run's log."""
     code = done.program.lowered()["code"]
     tags, open_at, spans = code[:, 23], {}, []
-    for cycle, core, thread, instruction, what in done.log.tolist():
+    # an end comes before the launch that follows in the same cycle
+    for cycle, core, thread, instruction, what in sorted(
+        done.log.tolist(), key=lambda row: (row[0], -row[4])
+    ):
         if what == 0:
             open_at[core, thread] = cycle
         elif (core, thread) in open_at:

@@ -1,5 +1,6 @@
 // Cores: tasks, instructions, microthreads that share one datapath beat by beat.
 #include <algorithm>
+#include <bit>
 
 #include "grid.h"
 
@@ -16,8 +17,6 @@ float apply(Function f, float x, float y) {
   }
   return x;
 }
-
-bool on_fabric(const Instruction& i) { return i.op == Op::vec && (i.in >= 0 || i.out >= 0); }
 
 // Conditions: 1 equal, 2 not equal, 3 below, 4 above.
 bool holds(int32_t when, int32_t turn, int32_t value) {
@@ -127,6 +126,9 @@ void Grid::launch(Core& c, int64_t core, const Instruction& i) {
   t.ready = now_ + i.startup;
   t.remaining = i.beats;
   t.dst = in_round(i.dst, c.round), t.a = in_round(i.a, c.round), t.b = in_round(i.b, c.round);
+  if (i.op == Op::vec && i.in >= 0) t.in = &inbox_[route(core, i.in)->destination[kRamp]];
+  if (i.op == Op::vec && i.out >= 0) t.out = &channels_[route(core, i.out)->channel[kRamp]].queue;
+  c.busy |= 1u << index;
   log(now_, core, index, &i, 0);
   if (index != kMain) {
     c.next = now_ + 1;  // setting a microthread off takes the main thread one cycle
@@ -134,15 +136,10 @@ void Grid::launch(Core& c, int64_t core, const Instruction& i) {
   }
 }
 
-bool Grid::ready(const Thread& t, int64_t core) const {
-  if (!t.instruction || t.done != kNever || t.ready > now_) return false;
-  const Instruction& i = *t.instruction;
-  if (!on_fabric(i)) return true;
-  if (i.in >= 0) {
-    const Queue& q = inbox_[route(core, i.in)->destination[kRamp]];
-    if (!q.size || head(q).at > now_) return false;
-  }
-  return i.out < 0 || !channels_[route(core, i.out)->channel[kRamp]].queue.full(now_);
+bool Grid::ready(const Thread& t) const {
+  if (t.done != kNever || t.ready > now_) return false;
+  if (t.in && (!t.in->size || head(*t.in).at > now_)) return false;
+  return !t.out || !t.out->full(now_);
 }
 
 // What an instruction without fabric operands does to memory, all at once with its last beat.
@@ -169,7 +166,7 @@ void Grid::beat(Core& c, int64_t core, int index) {
   const Instruction& i = *t.instruction;
   c.turn = index == kMain ? 0 : index + 1;
   float* m = memory(core);
-  if (!on_fabric(i)) {
+  if (!t.on_fabric()) {
     ++statistic(core, kComputeBeats);
     if (--t.remaining > 0) return;
     if (m) compute(t, m);
@@ -181,9 +178,8 @@ void Grid::beat(Core& c, int64_t core, int index) {
   const int32_t n = i.period ? t.position % i.period : t.position;
   float x = 0.0f;
   if (i.in >= 0) {
-    Queue& q = inbox_[route(core, i.in)->destination[kRamp]];
-    if (q.size == q.room) wake(kRouter, core, now_ + 1);
-    x = pop(q).value;
+    if (t.in->size == t.in->room) wake(kRouter, core, now_ + 1);
+    x = pop(*t.in).value;
     ++statistic(core, kReceived);
   } else if (m) {
     x = m[t.a.base + n * t.a.stride];
@@ -192,8 +188,7 @@ void Grid::beat(Core& c, int64_t core, int index) {
   if (m && t.dst.base >= 0) m[t.dst.base + n * t.dst.stride] = x;
   const bool last = ++t.position == i.len;
   if (i.out >= 0) {
-    Queue& q = channels_[route(core, i.out)->channel[kRamp]].queue;
-    push(q, x, last ? i.flags : 0, now_ + k_.stop + k_.ramp, core);
+    push(*t.out, x, last ? i.flags : 0, now_ + k_.stop + k_.ramp, core);
     wake(kRouter, core, now_ + k_.stop + k_.ramp);
     ++statistic(core, kSent);
   }
@@ -207,9 +202,11 @@ void Grid::finish(Core& c, int64_t core, int index) {
     book(c, core, *t.instruction, now_ + 1);
     if (t.instruction->task >= 0) c.active |= 1u << t.instruction->task;
     t.instruction = nullptr;
+    c.busy &= ~(1u << kMain);
     c.next = now_ + 1;
   } else {
     t.done = now_ + 1;
+    c.ending |= 1u << index;
   }
 }
 
@@ -224,26 +221,31 @@ void Grid::visit_core(int64_t core) {
     if (beats) c.turn = c.skip_thread == kMain ? 0 : c.skip_thread + 1;
     c.skip_from = -1;
   }
-  for (Thread& t : c.threads)
-    if (t.instruction && t.done <= now_) {
-      if (t.instruction->task >= 0) c.active |= 1u << t.instruction->task;
-      t.instruction = nullptr;
-    }
+  for (uint32_t rest = c.ending; rest; rest &= rest - 1) {
+    Thread& t = c.threads[std::countr_zero(rest)];
+    if (t.done > now_) continue;
+    if (t.instruction->task >= 0) c.active |= 1u << t.instruction->task;
+    t.instruction = nullptr;
+    c.busy &= ~(rest & -rest), c.ending &= ~(rest & -rest);
+  }
   fetch(c, core);
   // A word of the fabric takes one slot of the datapath, an instruction in memory all of them; one
   // word enters the router per cycle.
   int64_t slots = k_.slots;
   bool sent = false;
-  for (int i = 0, first = c.turn; i <= kMicrothreads && slots > 0; ++i) {
-    const int index = (first + i) % (kMicrothreads + 1);
-    const Thread& t = c.threads[index];
-    if (!ready(t, core)) continue;
-    const bool sends = t.instruction->out >= 0, local = !on_fabric(*t.instruction);
-    if ((sends && sent) || (local && slots < k_.slots)) continue;
-    slots -= local ? k_.slots : 1;
-    sent |= sends;
-    beat(c, core, index);
-  }
+  // in turns: from the thread after the last one served, round to it
+  const uint32_t below = (1u << c.turn) - 1, busy = c.busy & ~c.ending;
+  for (uint32_t half : {busy & ~below, busy & below})
+    for (; half && slots > 0; half &= half - 1) {
+      const int index = std::countr_zero(half);
+      const Thread& t = c.threads[index];
+      if (!ready(t)) continue;
+      const bool sends = t.out, local = !t.on_fabric();
+      if ((sends && sent) || (local && slots < k_.slots)) continue;
+      slots -= local ? k_.slots : 1;
+      sent |= sends;
+      beat(c, core, index);
+    }
   sleep(c, core);
 }
 
@@ -252,29 +254,24 @@ void Grid::sleep(Core& c, int64_t core) {
   int64_t next = kNever, alone = kNever;
   int local = -1, locals = 0;
   if (!c.threads[kMain].instruction && !c.halted && c.next > now_) next = c.next;
-  for (int index = 0; index <= kMicrothreads; ++index) {
+  for (uint32_t rest = c.busy; rest; rest &= rest - 1) {
+    const int index = std::countr_zero(rest);
     const Thread& t = c.threads[index];
-    if (!t.instruction) continue;
     if (t.done != kNever) {
       next = std::min(next, t.done);
       continue;
     }
     int64_t when = std::max(t.ready, now_ + 1);
-    const Instruction& i = *t.instruction;
-    if (!on_fabric(i)) {
+    if (!t.on_fabric()) {
       local = index, ++locals;
       alone = std::min(alone, when);
       continue;
     }
-    if (i.in >= 0) {
-      const Queue& q = inbox_[route(core, i.in)->destination[kRamp]];
-      if (!q.size) continue;  // woken by its arrival
-      when = std::max(when, head(q).at);
+    if (t.in) {
+      if (!t.in->size) continue;  // woken by its arrival
+      when = std::max(when, head(*t.in).at);
     }
-    if (i.out >= 0) {
-      const Queue& q = channels_[route(core, i.out)->channel[kRamp]].queue;
-      if (q.size >= q.room) continue;  // woken by the router
-    }
+    if (t.out && t.out->size >= t.out->room) continue;  // woken by the router
     next = std::min(next, when);
   }
   if (locals == 1 && alone == now_ + 1 && next > now_ + 1) {

@@ -85,7 +85,10 @@ struct Thread {
   int32_t remaining = 0;                     // beats left, without fabric operands
   int64_t ready = 0;                         // first cycle with a beat
   int64_t done = kNever;
-  Operand dst, a, b;  // base already moved by the round of the loop
+  Queue *in = nullptr, *out = nullptr;  // of its fabric operands
+  Operand dst, a, b;                    // base already moved by the round of the loop
+
+  bool on_fabric() const { return in || out; }
 };
 
 struct Core {
@@ -94,6 +97,7 @@ struct Core {
   int32_t loop_start = -1, loop_rounds = 0, round = 0;
   bool in_task = false, halted = false;
   uint32_t active = 0, blocked = 0;  // masks of the class's tasks
+  uint32_t busy = 0, ending = 0;     // masks of threads with an instruction, and with one just done
   int64_t next = 0;                  // when the main thread takes its next instruction
   int64_t mark = 0;                  // until when its time is booked on phases
   int64_t visited = -1, scheduled = -1;
@@ -122,7 +126,7 @@ class Grid {
   bool pick_task(Core& c, int64_t core);
   void fetch(Core& c, int64_t core);
   void launch(Core& c, int64_t core, const Instruction& instruction);
-  bool ready(const Thread& thread, int64_t core) const;
+  bool ready(const Thread& thread) const;
   void beat(Core& c, int64_t core, int thread);
   void compute(Thread& thread, float* memory);
   void finish(Core& c, int64_t core, int thread);

@@ -1,0 +1,157 @@
+"""The command line of the wafer, its pictures and traces, and the generated document."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import cgpt_kernels as ck
+from cgpt_kernels.cli import app
+from cgpt_kernels.wafer import document
+from cgpt_kernels.wafer.collectives import simulate
+from cgpt_kernels.wafer.report import trace_events
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def wafer(*args, code=0):
+    done = CliRunner().invoke(app, ["wafer", *map(str, args)])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+class Balanced(HTMLParser):
+    """Raises where a tag is left open, and collects what a page would load from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads, self.tags = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def page(path):
+    parser = Balanced()
+    parser.feed(path.read_text())
+    assert not parser.open and not parser.loads
+    return parser
+
+
+def test_estimate_prints_phases_and_whether_it_fits():
+    text = wafer(
+        "estimate", "--model", "cerebras-gpt-13b", "--spec", "wse2", "--mode", "decode", "--grid",
+        "660x660",
+    )  # fmt: skip
+    assert "tokens/s" in text and "output head" in text and "DOES NOT FIT" in text
+    found = json.loads(wafer("estimate", "--model", "llama3-8b", "--grid", "420x420", "--json"))
+    assert found["grid"] == [420, 420] and found["cycles"] > 0
+
+
+def test_gemm_sets_algorithms_side_by_side(tmp_path):
+    file = tmp_path / "gemm.html"
+    text = wafer("gemm", "--size", "128x96x64", "--grid", "8x8", "--html", file)
+    assert all(name in text for name in ("summa", "cannon", "mesh"))
+    assert page(file).tags.count("figure") == 5
+
+
+def test_collective_writes_trace_picture_and_page(tmp_path):
+    trace, png, html = (tmp_path / n for n in ("t.json", "m.png", "r.html"))
+    text = wafer("collective", "--kind", "allreduce", "--shape", "4x6", "--words", 8, "--algorithm",
+                 "ktree", "--trace", trace, "--heatmap", png, "--html", html)  # fmt: skip
+    assert "modelled" not in text and "cycles" in text
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = [e for e in events if e["ph"] == "X"]
+    assert spans and all(e["dur"] > 0 and e["ts"] >= 0 for e in spans)
+    assert {e["pid"] for e in spans} <= {e["pid"] for e in events if e["ph"] == "M"}
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert page(html).tags.count("svg") > 5
+
+
+def test_spans_of_a_thread_do_not_overlap():
+    report, done = simulate("reduce", "two_phase", (1, 9), 5, ck.wafer.WSE2, log=10_000)
+    by_thread = {}
+    for core, thread, _, start, end in report.timeline:
+        by_thread.setdefault((core, thread), []).append((start, end))
+    for spans in by_thread.values():
+        spans.sort()
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert max(end for *_, end in report.timeline) == done.cycles
+
+
+def test_a_report_without_cores_traces_its_phases_and_has_no_map(tmp_path):
+    report = ck.wafer.estimate(ck.GPTConfig.from_name("cerebras-gpt-111m"), grid=(64, 64))
+    spans = [e for e in trace_events(report)["traceEvents"] if e["ph"] == "X"]
+    assert len(spans) == len(report.phases)
+    with pytest.raises(ValueError, match="has no maps: its cycles come from representative rows"):
+        report.save_heatmap(tmp_path / "no.png")
+    report.save_html(tmp_path / "yes.html")
+    page(tmp_path / "yes.html")
+
+
+def test_maps_state_their_imbalance():
+    report, _ = simulate("reduce", "star", (1, 8), 16, ck.wafer.WSE2)
+    found = report.imbalance("communication")
+    assert found["max/mean"] > 2 and found["max"] == report.maps["communication"].max()
+    assert np.array_equal(
+        report.maps["compute"] + report.maps["communication"] + report.maps["idle"],
+        np.full((1, 8), report.cycles),
+    )
+
+
+def test_sweep_is_a_table(tmp_path):
+    file = tmp_path / "sweep.csv"
+    wafer("sweep", "--model", "cerebras-gpt-111m", "--grids", "32x32,64x64", "--out", file)
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) == 4 and {r["spec"] for r in rows} == {"wse2", "wse3"}
+    assert "cerebras" in wafer("sweep", "--model", "cerebras-gpt-111m", "--grids", "32x32")
+
+
+def test_validate_prints_every_row():
+    text = wafer("validate", "--kind", "micro")
+    assert text.count("\n| @") >= 3 and "%" in text
+    rows = json.loads(wafer("validate", "--kind", "micro", "--json"))
+    assert all({"what", "published", "predicted", "error", "source"} <= row.keys() for row in rows)
+
+
+def test_report_compares_machines_and_grids(tmp_path):
+    file = tmp_path / "report.html"
+    wafer("report", "--model", "cerebras-gpt-111m", "--grid", "64x64", "--context", 128, "--out",
+          file)  # fmt: skip
+    assert page(file).tags.count("tr") == 5 and "WSE-3" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("estimate", "--model", "gpt-9", "--grid", "4x4"), "unknown name 'gpt-9'"),
+        (("estimate", "--model", "gpt2", "--grid", "four"), "--grid must be ROWSxCOLUMNS"),
+        (("estimate", "--model", "gpt2", "--grid", "4x4", "--spec", "wse9"), "wse2 or wse3"),
+        (("gemm", "--size", "4x4", "--grid", "2x2"), "--size must be MxKxN"),
+        (("gemm", "--size", "4x4x4", "--grid", "2x3"), "needs a square grid"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(args, message):
+    assert message in wafer(*args, code=2)
+
+
+def test_the_document_is_current():
+    wanted = document.document()
+    assert (ROOT / "docs" / "wafer-model.md").read_text() == wanted, (
+        "run `python -m cgpt_kernels.wafer.document docs/wafer-model.md`"
+    )
+    for name in re.findall(r"`(?:csrc|cgpt_kernels)/[\w./]+`", wanted):
+        assert (ROOT / name.strip("`")).exists()
