@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,6 +65,19 @@ def config(kernel: str, shape_class: str, device: int | None) -> dict[str, int]:
     chosen = entry[capability(device)] | {"enable_fp_fusion": True}
     # a program costs the interpreter milliseconds whatever its size
     return chosen | entry.get("interpreter", {}) if INTERPRETED else chosen
+
+
+def on_device(launcher: Callable) -> Callable:
+    """launcher, with the device of its first argument current: Triton launches on that one."""
+
+    @functools.wraps(launcher)
+    def run(first, *rest):
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return launcher(first, *rest)
+        return launcher(first, *rest)
+
+    return run
 
 
 def as_text() -> str:

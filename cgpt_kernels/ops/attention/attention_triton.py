@@ -205,6 +205,7 @@ def unsupported(q: Tensor, *rest) -> str | None:
     return f"heads are wider than {WIDEST}, got D = {q.shape[3]}" if q.shape[3] > WIDEST else None
 
 
+@launch.on_device
 def attention_fwd(
     q: Tensor,
     k: Tensor,

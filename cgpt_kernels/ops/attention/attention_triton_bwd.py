@@ -206,6 +206,7 @@ def attention_keys_kernel(
 # ---- launch -------------------------------------------------------------------------------------
 
 
+@launch.on_device
 def attention_bwd(
     dout: Tensor,
     q: Tensor,

@@ -143,6 +143,7 @@ def _config(kernel: str, x: Tensor) -> dict[str, int]:
     return dict(launch.config(f"linear_cross_entropy_{kernel}", which, x.device.index))
 
 
+@launch.on_device
 def linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
@@ -176,6 +177,7 @@ def linear_cross_entropy_fwd(
     )
 
 
+@launch.on_device
 def linear_cross_entropy_bwd(
     drows: Tensor,
     x: Tensor,

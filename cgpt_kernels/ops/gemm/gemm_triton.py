@@ -128,6 +128,7 @@ def _product(a, b, bias, residual, y, pre, activation):
     )  # fmt: skip
 
 
+@launch.on_device
 def gemm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -148,6 +149,7 @@ def gemm_fwd(
     _product(as_rows(x), weight if weight_kn else weight.t(), bias, residual, y, None, activation)
 
 
+@launch.on_device
 def gemm_fwd_with_pre(
     x: Tensor,
     weight: Tensor,
@@ -164,6 +166,7 @@ def gemm_fwd_with_pre(
     return y, pre
 
 
+@launch.on_device
 def gemm_bwd(
     dy: Tensor,
     x: Tensor,

@@ -113,6 +113,7 @@ def unsupported(x: Tensor, *rest) -> str | None:
     return f"rows are wider than {WIDEST}, got {C}" if C > WIDEST else None
 
 
+@launch.on_device
 def layer_norm_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -148,6 +149,7 @@ def layer_norm_fwd(
     )  # fmt: skip
 
 
+@launch.on_device
 def layer_norm_bwd(
     dy: Tensor,
     dtotal: Tensor | None,
