@@ -1,21 +1,24 @@
 """Benchmarks of the ops: time, bound and share of the bound, beside eager and torch.compile.
 
-A case is checked against the numerics rule first; where that fails no speed-up is given.
+A case is checked against the numerics rule first; where that fails no speed-up is given. On a GPU
+attention is also timed beside each of torch's own fused implementations that takes the case.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import backends, checks, timing
 from .ops import registry
 from .ops.case import BENCH, Case
-from .testing import hold_to_rule
+from .testing import differentiable, hold_to_rule
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 
@@ -39,6 +42,10 @@ class Row:
     bound_us: float
     limit: str
     red: str | None  # what broke the numerics rule
+    device: str = "cpu"
+    gradients: bool = False  # forward and backward
+    peers_us: dict[str, float] = field(default_factory=dict)  # minima of other libraries
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # on a GPU: of one call, beyond inputs
 
     @property
     def share(self) -> float:
@@ -47,15 +54,61 @@ class Row:
 
     @property
     def speedup(self) -> float:
-        """Against the faster of eager and torch.compile, by minima; NaN on a red case."""
+        """Against the fastest of eager, torch.compile and peers, by minima; NaN on a red case."""
         if self.red:
             return math.nan
-        return min(self.eager_us, self.compile_us or math.inf) / self.us
+        return min(self.eager_us, self.compile_us or math.inf, *self.peers_us.values()) / self.us
 
 
 def _compiled(case: Case, inputs: dict) -> Callable:
     torch._dynamo.reset()
     return case.torch_call(inputs, wrap=torch.compile)
+
+
+# torch's fused attention on a GPU; the default picks among them by its own rules.
+SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def _peers(case: Case, inputs: dict) -> dict[str, Callable]:
+    """Each implementation of SDPA that takes the case, alone."""
+    if case.op != "attention" or inputs["q"].device.type != "cuda":
+        return {}
+    call, found = case.torch_call(inputs), {}
+    for name, which in SDPA.items():
+
+        def only(which=which):
+            with sdpa_kernel(which):
+                return call()
+
+        try:
+            only()
+        except RuntimeError:  # says which inputs it does not take
+            continue
+        found[name] = only
+    return found
+
+
+def _with_gradients(call: Callable, inputs: dict) -> Callable:
+    """call and the gradients of every differentiable input."""
+    leaves = [inputs[name].requires_grad_() for name in differentiable(inputs)]
+
+    def both():
+        outputs = call()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        directions = [torch.ones_like(out) for out in outputs]
+        return torch.autograd.grad(outputs, leaves, directions, allow_unused=True)
+
+    return both
+
+
+def _peak(call: Callable) -> int:
+    """Bytes that a call holds at its peak beyond what is there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(
@@ -65,25 +118,50 @@ def measure(
     compile: bool = True,
     check: bool = True,
     seconds: float = 1.0,
+    device: str = "cpu",
+    backend: str = "auto",
+    gradients: bool = False,
 ) -> Row:
-    """Time one case against torch's own ways, interleaved."""
+    """Time one case against torch's own ways, interleaved.
+
+    Args:
+        device: "cpu" or "cuda".   backend: as the ops take it.
+        gradients: forward and backward; the bound is then that of three times the operations and
+            twice the bytes of the forward.
+    """
     function = registry.FUNCTIONS[case.op]
-    inputs = case.inputs(dtype)
+    inputs = case.inputs(dtype, device)
     red = None
     if check:
         try:
             with torch.no_grad():
-                hold_to_rule(function, inputs)
+                hold_to_rule(function, inputs, backend=backend)
+            if gradients:
+                hold_to_rule(function, inputs, gradients=True, backend=backend)
         except AssertionError as error:
             red = str(error)
     tensors = tuple(v for v in inputs.values() if isinstance(v, torch.Tensor))
-    candidates = {"ours": lambda: function(**inputs), "eager": case.torch_call(inputs)}
+    candidates = {
+        "ours": lambda: function(**inputs, backend=backend),
+        "eager": case.torch_call(inputs),
+    }
     if compile:
         candidates["compile"] = _compiled(case, inputs)
-    with torch.no_grad():
-        taken = timing.interleave(candidates, seconds=seconds)
+    peers = _peers(case, inputs)
+    candidates |= peers
+    on_gpu = device == "cuda"
+    if gradients:
+        candidates = {name: _with_gradients(c, inputs) for name, c in candidates.items()}
+    with torch.set_grad_enabled(gradients):
+        options = {"wait": torch.cuda.synchronize} if on_gpu else {}
+        taken = timing.interleave(candidates, seconds=seconds, **options)
+        peaks = {name: _peak(call) for name, call in candidates.items()} if on_gpu else {}
     threads = torch.get_num_threads()
-    limit = timing.bound(case.flops, case.bytes(dtype), dtype, threads)
+    flops, nbytes = case.flops * (3 if gradients else 1), case.bytes(dtype) * (1 + gradients)
+    if on_gpu:
+        limit = timing.gpu_bound(flops, nbytes, dtype)
+    else:
+        limit = timing.bound(flops, nbytes, dtype, threads)
     compiled = taken.get("compile")
     return Row(
         op=case.op,
@@ -91,7 +169,7 @@ def measure(
         shape=case.shape,
         dtype=checks.name_of(dtype),
         threads=threads,
-        backend=backends.resolve(case.op, "auto", tensors),
+        backend=backends.resolve(case.op, backend, tensors),
         us=taken["ours"].minimum * 1e6,
         us_median=taken["ours"].median * 1e6,
         eager_us=taken["eager"].minimum * 1e6,
@@ -101,6 +179,10 @@ def measure(
         bound_us=limit.seconds * 1e6,
         limit=limit.limit,
         red=red,
+        device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        gradients=gradients,
+        peers_us={name: taken[name].minimum * 1e6 for name in peers},
+        peak_bytes=peaks,
     )
 
 
@@ -131,6 +213,9 @@ def run(
     check: bool = True,
     seconds: float = 1.0,
     show: Callable[[str], object] = print,
+    device: str = "cpu",
+    backend: str = "auto",
+    gradients: bool = False,
 ) -> list[Row]:
     """Run the benchmark cases of the ops, show a line for each as it comes, write JSON.
 
@@ -144,9 +229,13 @@ def run(
         check: hold each case to the numerics rule first.
         seconds: measuring time of one case.
         show: called with each line of text.
+        device, backend, gradients: as measure() takes them.
     Raises:
-        ValueError: unknown op, dtype or case.
+        ValueError: unknown op, dtype or case, or a device that is not there.
     """
+    checks.is_choice("bench", "device", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: --device cuda needs a GPU, and torch.cuda.is_available() is False")
     ops = tuple(registry.FUNCTIONS) if ops is None else tuple(ops)
     dtypes = [timing.dtype_named(d) for d in dtypes]
     for op in ops:
@@ -166,13 +255,28 @@ def run(
         show(HEADER)
         for case in chosen:
             for dtype in dtypes:
-                row = measure(case, dtype, compile=compile, check=check, seconds=seconds)
+                row = measure(
+                    case,
+                    dtype,
+                    compile=compile,
+                    check=check,
+                    seconds=seconds,
+                    device=device,
+                    backend=backend,
+                    gradients=gradients,
+                )
                 rows.append(row)
                 show(line(row))
+                if row.peers_us:
+                    show("  " + ", ".join(f"{k} {v:.1f}" for k, v in row.peers_us.items()))
                 if row.red:
                     show(f"  numerics: {row.red}")
         if out is None:
-            out = RESULTS / timing.machine_name() / "ops.json" if RESULTS.parent.is_dir() else ""
+            where = timing.machine_name()
+            if device == "cuda":
+                where = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+            name = "ops_gradients.json" if gradients else "ops.json"
+            out = RESULTS / where / name if RESULTS.parent.is_dir() else ""
         if out:
             more = {"others_busy_before": busy, "cpu_isa": backends._C and backends._C.cpu_isa()}
             path = timing.write(Path(out), [asdict(row) for row in rows], **more)

@@ -318,6 +318,11 @@ def bench_command(
         typer.Option("--compile/--no-compile", help="Ops only: time torch.compile as well."),
     ] = None,
     threads: _Threads = None,
+    device: Annotated[str | None, typer.Option(help="Ops only: cpu (default) or cuda.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Ops only: default auto.")] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Ops only: forward and backward.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="JSON file; ops and peers default to bench/results/<machine>/."),
@@ -344,6 +349,7 @@ def bench_command(
     \b
     cgpt-kernels bench                                   every op, fp32 and bf16
     cgpt-kernels bench gemm attention --dtype bf16 --no-compile
+    cgpt-kernels bench attention --device cuda --backend triton --gradients
     cgpt-kernels bench e2e --model cerebras-gpt-256m --out e2e.json
     cgpt-kernels bench e2e --peers all --prepare         converts and compiles, measures nothing
     cgpt-kernels bench e2e --model cerebras-gpt-111m --peers all
@@ -358,6 +364,8 @@ def bench_command(
             raise ValueError(f"bench: e2e runs alone, got {' '.join(what)}")
         if compile is not None:
             raise ValueError("bench: e2e compares with eager only, it takes no --compile")
+        if device or backend or gradients:
+            raise ValueError("bench: --device, --backend and --gradients are for ops, not for e2e")
         if peers is not None:
             if dtype:
                 raise ValueError("bench: with --peers a format is named as in --peers all:bf16")
@@ -383,7 +391,16 @@ def bench_command(
             raise ValueError("bench: --peers is for e2e, ops have their own cases")
         from . import bench
 
-        rows = bench.run(what or None, dtypes, threads, out, compile is not False)
+        rows = bench.run(
+            what or None,
+            dtypes,
+            threads,
+            out,
+            compile is not False,
+            device=device or "cpu",
+            backend=backend or "auto",
+            gradients=gradients,
+        )
         red = any(row.red for row in rows)
     if red:
         raise typer.Exit(1)

@@ -41,7 +41,11 @@ class Timing:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], *, seconds: float = 1.0, rounds: int = 9
+    candidates: dict[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 9,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time all candidates in one run, in turns.
 
@@ -49,12 +53,16 @@ def interleave(
         candidates: name and what to call.
         seconds: time to spend on all of them together, exceeded where one call is long.
         rounds: samples of each at least.
+        wait: returns when what was called has run, e.g. torch.cuda.synchronize. A sample begins
+            and ends with it, so that it holds launches and work as a caller in a loop has them.
     """
     per_sample = {}
     for name, call in candidates.items():
         call()  # first call: packing, compilation, page faults
+        wait()
         start = time.perf_counter()
         call()
+        wait()
         once = max(time.perf_counter() - start, 1e-7)
         per_sample[name] = max(1, int(SAMPLE_SECONDS / once))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -65,9 +73,11 @@ def interleave(
         # another one begins each round, so that none always follows the same neighbour
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call, count = candidates[name], per_sample[name]
+            wait()
             start = time.perf_counter()
             for _ in range(count):
                 call()
+            wait()
             samples[name].append((time.perf_counter() - start) / count)
         turn += 1
     return {
@@ -139,6 +149,30 @@ def bound(flops: int, nbytes: int, dtype: torch.dtype, threads: int) -> Bound:
     """The roofline of measured peaks: max(flops / peak FLOP/s, bytes / bandwidth)."""
     compute = flops / peak_flops(dtype, threads)
     memory = nbytes / bandwidth(nbytes, threads)
+    return Bound(compute, "compute") if compute > memory else Bound(memory, "bandwidth")
+
+
+@functools.cache
+def _gpu_flops(dtype: torch.dtype) -> float:
+    x, w = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
+    taken = interleave(
+        {"mm": functools.partial(torch.mm, x, w)}, seconds=PEAK_SECONDS, wait=torch.cuda.synchronize
+    )
+    return 2 * 8192**3 / taken["mm"].minimum
+
+
+@functools.cache
+def _gpu_bandwidth() -> float:
+    source = torch.randn(1 << 28, device="cuda")  # 1 GB, beyond any cache
+    into = torch.empty_like(source)
+    copy = functools.partial(into.copy_, source)
+    taken = interleave({"copy": copy}, seconds=PEAK_SECONDS, wait=torch.cuda.synchronize)
+    return 2 * source.nbytes / taken["copy"].minimum
+
+
+def gpu_bound(flops: int, nbytes: int, dtype: torch.dtype) -> Bound:
+    """bound() of the current GPU: torch's product of 8192 cubed, and a copy of 1 GB."""
+    compute, memory = flops / _gpu_flops(dtype), nbytes / _gpu_bandwidth()
     return Bound(compute, "compute") if compute > memory else Bound(memory, "bandwidth")
 
 

@@ -1,5 +1,6 @@
 """Timing and benchmarks: what they record, and that a wrong kernel gets no speed-up."""
 
+import dataclasses
 import json
 import math
 
@@ -104,3 +105,24 @@ def test_torchs_own_call_computes_the_same(op):
 def test_case_names_are_unique_within_an_op():
     names = [(case.op, case.name) for case in registry.CASES]
     assert len(set(names)) == len(names)
+
+
+def test_gradients_are_timed_and_held_to_the_rule(monkeypatch):
+    monkeypatch.setattr(timing, "peak_flops", lambda *_: 1e11)
+    monkeypatch.setattr(timing, "bandwidth", lambda *_: 1e10)
+    for case in (c for c in registry.cases("bench") if c.name in ("tiny", "one_row_768")):
+        row = bench.measure(case, torch.float32, compile=False, seconds=0.01, gradients=True)
+        assert row.gradients and row.speedup > 0 and row.red is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="--device cuda needs a GPU"):
+        bench.run(ops=["gemm"], device="cuda", out="")
+
+
+def test_a_peer_counts_in_the_speed_up():
+    case = next(c for c in registry.cases("bench") if c.name == "tiny")
+    row = bench.measure(case, torch.float32, compile=False, check=False, seconds=0.01)
+    faster = dataclasses.replace(row, peers_us={"other": row.us / 4})
+    assert faster.speedup == pytest.approx(min(row.eager_us / row.us, 0.25))
