@@ -261,14 +261,21 @@ def test_a_red_row_claims_no_speedup():
 
 def test_bench_passes_ops_dtypes_threads_and_file_on(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(bench, "run", lambda *args: calls.append(args) or [])
+    monkeypatch.setattr(bench, "run", lambda *args, **more: calls.append((args, more)) or [])
     out = tmp_path / "x.json"
     call = ("bench", "gemm", "attention", "--dtype", "bf16", "--no-compile", "--threads", 1)
-    assert run(*call, "--out", out).exit_code == 0
+    on_gpu = ("--device", "cuda", "--backend", "triton", "--gradients")
+    assert run(*call, "--out", out, *on_gpu).exit_code == 0
     assert run("bench").exit_code == 0
     assert calls == [
-        (["gemm", "attention"], ["bf16"], 1, out, False),
-        (None, ["fp32", "bf16"], None, None, True),
+        (
+            (["gemm", "attention"], ["bf16"], 1, out, False),
+            {"device": "cuda", "backend": "triton", "gradients": True},
+        ),
+        (
+            (None, ["fp32", "bf16"], None, None, True),
+            {"device": "cpu", "backend": "auto", "gradients": False},
+        ),
     ]
 
 
@@ -286,6 +293,7 @@ def test_bench_end_to_end_prints_a_table_and_writes_json(small_shape, monkeypatc
 
 def test_bench_refuses_what_does_not_fit_together():
     assert "op must be" in fails("bench", "softmax", "--no-compile")
+    assert "for ops, not for e2e" in fails("bench", "e2e", "--device", "cuda")
     assert "e2e runs alone" in fails("bench", "e2e", "gemm")
     assert "--model is for e2e" in fails("bench", "gemm", "--model", "gpt2")
     assert "unknown name 'gpt5'" in fails("bench", "e2e", "--model", "gpt5")
