@@ -1,5 +1,6 @@
 """The modelled wafer-scale engine: programs on a grid of cores, real values, honest cycles."""
 
+from . import split
 from .collectives import collective
 from .model import LLAMA3_8B, QWEN2_72B, Block, estimate, longest_decode
 from .ops import attention, gemm, gemv, layer_norm, record
@@ -23,5 +24,6 @@ __all__ = [
     "layer_norm",
     "longest_decode",
     "record",
+    "split",
     "validate",
 ]

@@ -1,0 +1,200 @@
+"""The ways to spread a model, executed with real numbers: cut, compute the pieces, merge, compare.
+
+Each function gives the same result as the unsplit computation. Pieces carry a checksum of what they
+cover; a merge refuses when a piece is lost or comes twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part [start, stop) of an axis of `total`, and what was computed from it."""
+
+    start: int
+    stop: int
+    total: int
+    value: Tensor
+
+
+def cut(n: int, parts: int) -> list[tuple[int, int]]:
+    """Contiguous shares of n over parts, the first ones longer by one where it does not divide."""
+    if not 1 <= parts <= max(n, 1):
+        raise ValueError(f"cut: parts must be in 1..{max(n, 1)}, got {parts}")
+    bounds = [n * p // parts for p in range(parts + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def check_cover(pieces: Sequence[Piece]) -> None:
+    """ValueError unless the pieces cover their axis once.
+
+    The checksum of an axis is the sum and the sum of squares of its indices.
+    """
+    if not pieces:
+        raise ValueError("merge: no pieces")
+    total = pieces[0].total
+
+    def sums(start, stop):
+        def squares(n):
+            return (n - 1) * n * (2 * n - 1) // 6
+
+        return (stop * (stop - 1) - start * (start - 1)) // 2, squares(stop) - squares(start)
+
+    found = [sum(s) for s in zip(*(sums(p.start, p.stop) for p in pieces), strict=True)]
+    if tuple(found) != sums(0, total) or sum(p.stop - p.start for p in pieces) != total:
+        spans = ", ".join(f"{p.start}:{p.stop}" for p in pieces)
+        raise ValueError(f"merge: pieces {spans} do not cover 0:{total} once")
+
+
+def merge_sum(pieces: Sequence[Piece]) -> Tensor:
+    """Sum of partial results, in fp32: the reduce after a product cut along K."""
+    check_cover(pieces)
+    ordered = sorted(pieces, key=lambda p: p.start)
+    return torch.stack([p.value.float() for p in ordered]).sum(0).to(ordered[0].value.dtype)
+
+
+def merge_concat(pieces: Sequence[Piece], dim: int) -> Tensor:
+    """Parts side by side: the gather after a product cut along N or along the sequence."""
+    check_cover(pieces)
+    return torch.cat([p.value for p in sorted(pieces, key=lambda p: p.start)], dim)
+
+
+# ---- tensor parallel ----------------------------------------------------------------------------
+
+
+def feed_forward(
+    x: Tensor, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor], parts: int
+) -> Tensor:
+    """activation(x up^T) down^T with the inner width over `parts`: columns, then rows, one sum.
+
+    x [M, C], up [F, C], down [C, F].
+    """
+    F = up.shape[0]
+    pieces = [
+        Piece(a, b, F, activation(x @ up[a:b].t()) @ down[:, a:b].t()) for a, b in cut(F, parts)
+    ]
+    return merge_sum(pieces)
+
+
+# ---- pipeline -----------------------------------------------------------------------------------
+
+
+def pipeline(
+    x: Tensor, stages: Sequence[Callable[[Tensor], Tensor]], micro_batches: int
+) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    """x [B, ...] through the stages in micro-batches, as the rectangles of layers run it.
+
+    Returns the output and the schedule: for each time slot the (stage, micro-batch) pairs at work.
+    Stages * micro_batches slots are filled of stages * len(schedule): the rest is the bubble.
+    """
+    spans = cut(x.shape[0], micro_batches)
+    flying = {m: x[a:b] for m, (a, b) in enumerate(spans)}
+    schedule = []
+    for slot in range(len(stages) + micro_batches - 1):
+        at_work = [(s, slot - s) for s in range(len(stages)) if 0 <= slot - s < micro_batches]
+        for stage, m in at_work:
+            flying[m] = stages[stage](flying[m])
+        schedule.append(at_work)
+    pieces = [Piece(a, b, x.shape[0], flying[m]) for m, (a, b) in enumerate(spans)]
+    return merge_concat(pieces, 0), schedule
+
+
+# ---- sequence parallel --------------------------------------------------------------------------
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, parts: int, *, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """Attention [B, H, S, D] with the sequence over `parts`: keys and values go round a ring.
+
+    Part p holds its queries; in step s it meets the keys of part (p - s) % parts, and folds them
+    into a running maximum, sum and output (online softmax), in fp32.
+    """
+    S, D = q.shape[2], q.shape[3]
+    scale = D**-0.5 if scale is None else scale
+    spans, out = cut(S, parts), []
+    for p, (a, b) in enumerate(spans):
+        mine = q[:, :, a:b].float() * scale
+        top = mine.new_full(mine.shape[:3], float("-inf"))
+        total, result = torch.zeros_like(top), torch.zeros_like(mine)
+        met = []
+        for step in range(parts):
+            c, d = spans[(p - step) % parts]
+            logits = mine @ k[:, :, c:d].float().transpose(-1, -2)
+            if causal:
+                visible = torch.arange(c, d)[None, :] <= torch.arange(a, b)[:, None]
+                logits = logits.masked_fill(~visible, float("-inf"))
+            risen = torch.maximum(top, logits.amax(-1))
+            safe = torch.where(risen.isinf(), 0.0, risen)
+            weight, old = torch.exp(logits - safe[..., None]), torch.exp(top - safe)
+            total = total * old + weight.sum(-1)
+            result = result * old[..., None] + weight @ v[:, :, c:d].float()
+            top = risen
+            met.append(Piece(c, d, S, top))
+        check_cover(met)
+        out.append(Piece(a, b, S, (result / total[..., None]).to(q.dtype)))
+    return merge_concat(out, 2)
+
+
+# ---- weight streaming ---------------------------------------------------------------------------
+
+
+def stream_product(x: Tensor, weight: Tensor, columns: int) -> tuple[Tensor, int]:
+    """x W^T where only nonzero weights arrive, each as an AXPY on resident activations.
+
+    x [M, K] lies in `columns` columns of cores by K, weight [N, K]. Each column adds up its part of
+    every output; the parts meet in a ring along the row. Returns the result and the AXPYs done:
+    the nonzeros of W.
+    """
+    K, count, pieces = x.shape[1], 0, []
+    for a, b in cut(K, columns):
+        part = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
+        n, k = weight[:, a:b].nonzero(as_tuple=True)
+        for row in n.unique().tolist():
+            chosen = k[n == row]
+            part[:, row] = (x[:, a + chosen].float() * weight[row, a + chosen].float()).sum(1)
+        count += len(n)
+        pieces.append(Piece(a, b, K, part))
+    return merge_sum(pieces).to(x.dtype), count
+
+
+# ---- decode with a balanced cache ---------------------------------------------------------------
+
+
+class ShiftedCache:
+    """Keys and values over the rows of a grid, balanced by passing the oldest blocks upwards.
+
+    New entries go to the last row. When a row holds more than its share, it passes its oldest entry
+    one row up, so that rows differ by at most one entry and the order of tokens is kept.
+    """
+
+    def __init__(self, rows: int, capacity: int):
+        if rows < 1 or capacity < 1:
+            raise ValueError(f"ShiftedCache: rows and capacity must be positive, got {rows}, "
+                             f"{capacity}")  # fmt: skip
+        self.capacity, self.rows = capacity, [[] for _ in range(rows)]
+        self.moved = 0
+
+    def append(self, entry) -> None:
+        """One token's entry. MemoryError, naming the row, when every row is full."""
+        if sum(map(len, self.rows)) == self.capacity * len(self.rows):
+            raise MemoryError(
+                f"ShiftedCache: all {len(self.rows)} rows of cores hold {self.capacity} entries"
+            )
+        self.rows[-1].append(entry)
+        for lower in range(len(self.rows) - 1, 0, -1):
+            if len(self.rows[lower]) <= len(self.rows[lower - 1]):
+                break
+            self.rows[lower - 1].append(self.rows[lower].pop(0))
+            self.moved += 1
+
+    def entries(self) -> list:
+        """All entries, oldest first."""
+        return [entry for row in self.rows for entry in row]

@@ -1,0 +1,81 @@
+"""Every way to spread a model gives the unsplit result; lost or repeated pieces are refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cgpt_kernels as ck
+from cgpt_kernels.wafer import split
+from cgpt_kernels.wafer.split import Piece
+
+
+@given(parts=st.integers(1, 9))
+def test_tensor_parallel_feed_forward_is_the_whole_one(parts):
+    x, up, down = torch.randn(5, 12), torch.randn(30, 12), torch.randn(12, 30)
+    wanted = F.gelu(x @ up.t()) @ down.t()
+    torch.testing.assert_close(split.feed_forward(x, up, down, F.gelu, parts), wanted)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 5, 8])
+def test_a_pipeline_of_blocks_is_the_model(micro_batches):
+    config = ck.GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=3, n_head=2)
+    blocks = ck.GPT(config).eval().transformer.h
+    x = torch.randn(8, 6, 16)
+    with torch.no_grad():
+        wanted = x
+        for block in blocks:
+            wanted = _output(block(wanted, None, None))
+        stages = [lambda h, block=block: _output(block(h, None, None)) for block in blocks]
+        found, schedule = split.pipeline(x, stages, micro_batches)
+    torch.testing.assert_close(found, wanted)
+    assert len(schedule) == 3 + micro_batches - 1
+    assert sum(map(len, schedule)) == 3 * micro_batches
+
+
+def _output(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_ring_attention_is_attention(parts, causal):
+    q, k, v = torch.randn(3, 2, 3, 14, 8)
+    wanted = ck.ops.attention(q, k, v, causal=causal, backend="eager")
+    torch.testing.assert_close(split.ring_attention(q, k, v, parts, causal=causal), wanted)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+def test_streaming_does_one_axpy_per_nonzero(density):
+    x, weight = torch.randn(4, 20), torch.randn(9, 20)
+    weight = weight * (torch.rand(9, 20) < density)
+    for columns in (1, 3, 20):
+        y, count = split.stream_product(x, weight, columns)
+        torch.testing.assert_close(y, x @ weight.t())
+        assert count == int((weight != 0).sum())
+
+
+@given(rows=st.integers(1, 6), tokens=st.integers(0, 60))
+def test_the_shifted_cache_stays_balanced_and_in_order(rows, tokens):
+    cache = split.ShiftedCache(rows, 10)
+    for token in range(min(tokens, 10 * rows)):
+        cache.append(token)
+        held = [len(r) for r in cache.rows]
+        assert max(held) - min(held) <= 1 and max(held) <= 10
+        assert cache.entries() == list(range(token + 1))
+    if tokens >= 10 * rows:
+        with pytest.raises(MemoryError, match="rows of cores hold 10 entries"):
+            cache.append(-1)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [[(0, 3)], [(0, 3), (0, 3), (6, 9)], [(0, 3), (3, 6), (3, 6)], [(0, 5), (4, 9)], []],
+    ids=str,
+)
+def test_lost_and_repeated_pieces_are_refused(spans):
+    pieces = [Piece(a, b, 9, torch.zeros(b - a)) for a, b in spans]
+    for merge in (split.merge_sum, lambda p: split.merge_concat(p, 0)):
+        with pytest.raises(ValueError, match=r"no pieces|do not cover 0:9 once"):
+            merge(pieces)
