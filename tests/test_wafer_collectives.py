@@ -48,7 +48,7 @@ def test_reduces_are_within_four_percent_of_the_formulas(algorithm, P, B):
     wanted = formula("reduce", algorithm, P, B)
     # The formulas leave out the cycle in which an instruction starts. Two of them are the larger of
     # a bandwidth and a distance; where these are nearly equal, a run shows some of both.
-    share = {"tree": 0.09, "two_phase": 0.06}.get(algorithm, 0.04)
+    share = {"tree": 0.1, "two_phase": 0.06}.get(algorithm, 0.04)
     assert abs(cycles - wanted) <= max(share * wanted, 3 * math.log2(P))
 
 

@@ -133,7 +133,9 @@ MISSED = {
     "local fp32 product 64 x 48 x 64, strided column, WSE-2": 0.12,
     "prefill Qwen2-72B, 4096 tokens, 480 x 480, WSE-2": 0.25,
     "prefill Qwen2-72B, 4096 tokens, 720 x 720, WSE-2": 0.25,
-    "decode block, 240 x 240, WSE-3, local work": 0.5,
+    "decode block, 240 x 240, WSE-3, local work": 0.65,
+    "ring all-reduce, P = 64, B = 4096": 0.05,
+    "reduce two_phase, P = 512, B = 4096": 0.045,
 }
 
 

@@ -56,12 +56,12 @@ class WaferSpec:
     microthreads: int = _f("", "vector instructions running beside the main thread", 8)
     router_queue: int = _f("wavelets", "waiting room per port and colour of a router", 2)
     core_queue: int = _f("wavelets", "waiting room per colour before a core", 4)
-    vector_start: int = _f("cycles", "from issue to first element of a vector instruction", 1)
+    vector_start: int = _f("cycles", "from issue to first element of a vector instruction", 2)
     async_start: int = _f("cycles", "the same for one given to a microthread", 5)
     task_start: int = _f("cycles", "from the end of a task to the next one's first instruction", 0)
     task_relay: int = _f("cycles", "software of a stop that is a task: re-arm, call back", 84)
     loop_scalar: int = _f("cycles", "scalar loop around a vector instruction, plain code", 43)
-    loop_tuned: int = _f("cycles", "the same where descriptors advance in hardware", 6)
+    loop_tuned: int = _f("cycles", "the same where descriptors advance in hardware", 5)
     half_products: int = _f("", "times slower than listed that fp16 multiply-adds run", 2)
     collective_call: int = _f("cycles", "software around one collective of a whole program", 0)
     launch: int = _f("cycles", "host launch, start and stop of the counter in a timed program", 0)
@@ -185,7 +185,7 @@ WSE2 = WaferSpec(
     stop=1,
     rates=_RATES_WSE2,
     input_queues=24,
-    collective_call=533,
+    collective_call=525,
     provenance={
         **_SHARED,
         "columns": ("published", f"{_SDK}: 750 x 994"),
@@ -194,7 +194,7 @@ WSE2 = WaferSpec(
         "hop": ("published", _REDUCE),
         "ramp": ("published", _REDUCE),
         "stop": ("published", f"{_REDUCE}: 2 T_R + 1 per software stop"),
-        "vector_start": ("derived", f"{_CSL}: @fmacs on 14 elements takes 15 cycles"),
+        "vector_start": ("derived", f"{_CSL}: 16 cycles per iteration of a 1-cell stencil"),
         "async_start": ("derived", f"{_CSL}: asynchronous send of 196 words takes 201 cycles"),
         "collective_call": ("fitted", f"{_WAFERLLM}, Table 4: LLaMA3-8B decode on 420 x 420"),
     },
@@ -209,9 +209,9 @@ WSE3 = WaferSpec(
     ramp=2,
     stop=1,
     rates=_RATES_WSE3,
-    vector_start=8,
-    task_relay=70,
-    collective_call=533,
+    vector_start=4,
+    task_relay=78,
+    collective_call=525,
     launch=1328,
     sram_total=44e9,
     provenance={
@@ -222,7 +222,7 @@ WSE3 = WaferSpec(
         "hop": ("derived", "all-reduce slope: 2 cycles per added core, 1.1 on WSE-2"),
         "ramp": ("assumed", "as WSE-2's"),
         "stop": ("assumed", "as WSE-2's"),
-        "vector_start": ("derived", "254 @fmachs took 127 + 8.3 cycles; a 1-cell stencil 7 more"),
+        "vector_start": ("derived", f"{_CSL}: 23 cycles per iteration of a 1-cell stencil"),
         "task_relay": ("derived", "slope of the task-relay chain between 40 and 136 cores"),
         "collective_call": ("assumed", "WSE-2's"),
         "launch": (

@@ -12,17 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .program import (
-    ADVANCE_OWN,
-    ADVANCE_PATH,
-    FUNCTIONS,
-    OPPOSITE,
-    OPS,
-    POSITIONS,
-    RAMP,
-    STATISTICS,
-    STEP,
-)
+from . import program as p
+from .program import FUNCTIONS, OPS, RAMP, STATISTICS
 
 THREADS = 9  # eight microthreads and the main thread, which comes last
 MAIN = 8
@@ -92,7 +83,7 @@ class Twin:
                 blocked={n for n, t in enumerate(span) if tasks[t][3]}, threads=[None] * THREADS,
                 pc=0, turn=0, start=-1, rounds=0, round=0, in_task=False, halted=own < 0, next=0,
                 mark=0))  # fmt: skip
-        assert routes.shape[2] == POSITIONS
+        assert routes.shape[2] == p.POSITIONS
 
     def run(self):
         while self.now <= self.max_cycles:
@@ -116,16 +107,11 @@ class Twin:
 
     def pending(self):
         """Whether time alone will change something."""
-        if any(w.at >= self.now for q in self.ins.values() for w in q.items):
-            return True
-        if any(w.at >= self.now for q in self.inbox.values() for w in q.items):
-            return True
-        for c in self.cores:
-            if not c.halted and c.next >= self.now:
-                return True
-            if any(t and (t.done or t.ready >= self.now) for t in c.threads):
-                return True
-        return False
+        queues = (*self.ins.values(), *self.inbox.values())
+        times = [w.at for q in queues for w in q.items]
+        times += [c.next for c in self.cores if not c.halted]
+        times += [t.done or t.ready for c in self.cores for t in c.threads if t]
+        return any(time >= self.now for time in times)
 
     def at(self, core):
         return f"core (px {core % self.width}, py {core // self.width})"
@@ -154,8 +140,8 @@ class Twin:
             mask = route.masks[route.position]
             if not queue.ready(now) or not mask >> port & 1:
                 continue
-            for p in range(5):
-                other = self.ins.get((core, colour, p)) if p != port and mask >> p & 1 else None
+            for o in set(range(5)) - {port}:
+                other = self.ins.get((core, colour, o)) if mask >> o & 1 else None
                 if other and other.ready(now):
                     raise RuntimeError(f"wafer: two sources deliver on one colour: colour {colour}"
                                        f" at {self.at(core)} in cycle {now}")  # fmt: skip
@@ -163,26 +149,26 @@ class Twin:
             if route.moved == now or used & send:
                 self.moves += 1  # it goes on in the next cycle
                 continue
-            targets = [(p, *self.target(core, colour, p)) for p in range(5) if send >> p & 1]
+            targets = [(o, *self.target(core, colour, o)) for o in range(5) if send >> o & 1]
             if any(q.full(now) for _, _, q in targets):
                 continue
             wavelet = queue.pop(now)
             flags = wavelet.flags
-            if flags & (ADVANCE_OWN | ADVANCE_PATH):
+            if flags & (p.ADVANCE_OWN | p.ADVANCE_PATH):
                 route.position = min(route.position + 1, len(route.masks) - 1)
-                flags &= ~ADVANCE_OWN
-            for p, there, q in targets:
-                late = self.ramp if p == RAMP else self.hop
-                self.push(there, q, wavelet.value, 0 if p == RAMP else flags, now + late)
-                self.count(core, "hops", p != RAMP)
+                flags &= ~p.ADVANCE_OWN
+            for o, there, q in targets:
+                late = self.ramp if o == RAMP else self.hop
+                self.push(there, q, wavelet.value, 0 if o == RAMP else flags, now + late)
+                self.count(core, "hops", o != RAMP)
             route.moved, used = now, used | send
             self.moves += 1
 
     def target(self, core, colour, port):
         if port == RAMP:
             return core, self.inbox[core, colour]
-        there = core + STEP[port][0] + STEP[port][1] * self.width
-        return there, self.ins[there, colour, OPPOSITE[port]]
+        there = core + p.STEP[port][0] + p.STEP[port][1] * self.width
+        return there, self.ins[there, colour, p.OPPOSITE[port]]
 
     # ---- cores ----------------------------------------------------------------------------------
 

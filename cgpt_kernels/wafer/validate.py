@@ -14,8 +14,8 @@ from .collectives import collective, formula
 from .engine import run
 from .model import LLAMA3_8B, QWEN2_72B, Block, decode_phases, estimate, longest_decode
 from .phases import allreduce, cycles
-from .program import Code, Program
-from .spec import WSE2, WSE3
+from .program import RAMP, STEP, Code, Program
+from .spec import WSE2, WSE3, WaferSpec
 from .tiles import Tiles, build, product_cycles
 from .wires import Wires
 
@@ -62,6 +62,37 @@ def _send_196() -> float:
     program.place(source, 0, 0)
     program.place(sink, 0, 1)
     return float(run(program)["finish"][0, 0])
+
+
+def _stencil(spec: WaferSpec, side: int = 6) -> float:
+    """Cycles per iteration of a 5-point stencil, one cell per core, in the steady state.
+
+    Every core sends its word to all neighbours on one of five colours, chosen so that no two
+    neighbours of a core share one.
+    """
+
+    def run_for(iterations: int) -> int:
+        program = Program(spec, side, side)
+        around = [(port, dx, dy) for port, (dx, dy) in enumerate(STEP[:4])]
+        for y in range(side):
+            for x in range(side):
+                near = [(p, x + dx, y + dy) for p, dx, dy in around]
+                near = [(p, i, j) for p, i, j in near if 0 <= i < side and 0 <= j < side]
+                own = (x + 2 * y) % 5
+                program.route(own, (RAMP,), [p for p, _, _ in near], y, x)
+                code = Code(spec)
+                code.task()
+                code.loop(iterations)
+                code.vector("move", 1, send=own)
+                for port, i, j in near:
+                    program.route((i + 2 * j) % 5, (port,), (RAMP,), y, x)
+                    code.vector("add", 1, read=(i + 2 * j) % 5)
+                code.endloop()
+                code.halt()
+                program.place(code, y, x)
+        return run(program).cycles
+
+    return (run_for(30) - run_for(10)) / 20
 
 
 def _relay(algorithm: str, P: int, words: int = 3) -> float:
@@ -191,6 +222,16 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
     )
     row("asynchronous send of 196 words, WSE-2", "micro", 201, _send_196, "cycles", _CSL, True)
 
+    for spec, published in ((WSE2, 16), (WSE3, 23)):
+        row(
+            f"5-point stencil, one cell per core, 6 x 6, {spec.name}",
+            "micro",
+            published,
+            lambda spec=spec: _stencil(spec),
+            "cycles",
+            _CSL,
+            True,
+        )
     for P, published in ((40, 5101), (136, 14389)):
         row(
             f"task-relay chain, 3 words, {P} cores, WSE-3",
