@@ -101,6 +101,16 @@ def test_products_do_not_depend_on_the_grid(algorithm):
         assert report.cycles > 0 and 0 < report.utilization < 1
 
 
+@pytest.mark.parametrize("grid", [(2, 5), (6, 3), (1, 7), (4, 40)], ids=str)
+def test_summa_takes_grids_that_are_not_square(grid):
+    a, b = torch.randn(30, 40), torch.randn(40, 50)
+    y, report = ck.wafer.gemm(a, b, grid=grid, algorithm="summa")
+    torch.testing.assert_close(y, a @ b)
+    m, k, n = -(-30 // grid[0]), -(-40 // max(grid)), -(-50 // grid[1])
+    assert report.cycles >= max(grid) * tiles.product_cycles(WSE2, m, k, n, 4)
+    assert (report.rows, report.columns) == grid
+
+
 def test_gemv_reduces_what_gemm_shifts():
     x, w = torch.randn(64), torch.randn(64, 48)
     for algorithm in ("chain", "ktree"):

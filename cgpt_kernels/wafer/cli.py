@@ -119,12 +119,14 @@ def gemm_command(
     checks.is_choice("wafer", "--dtype", dtype, ("fp16", "fp32"))
     machine, (rows, columns) = preset(spec), _pair("grid", grid)
     machine.check_grid("wafer", rows, columns)
-    if rows != columns:
-        raise ValueError(f"wafer: a product needs a square grid, got {grid}")
+    if rows != columns and algorithm != "summa":
+        raise ValueError(
+            f"wafer: {algorithm} needs a square grid, got {grid}; --algorithm summa takes any"
+        )
     M, K, N = map(int, found.groups())
     itemsize = 2 if dtype == "fp16" else 4
     names = ALGORITHMS if algorithm == "all" else (algorithm,)
-    reports = [gemm_report(M, K, N, itemsize, rows, name, machine) for name in names]
+    reports = [gemm_report(M, K, N, itemsize, (rows, columns), name, machine) for name in names]
     if as_json:
         typer.echo(json.dumps([r.to_dict() for r in reports], indent=1))
     else:

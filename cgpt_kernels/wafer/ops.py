@@ -82,11 +82,11 @@ def gemm(
     algorithm: str = "mesh",
     spec: WaferSpec = WSE2,
 ) -> tuple[Tensor, Report]:
-    """a b on a square grid of cores, padded where it does not divide.
+    """a b on a grid of cores, padded where it does not divide.
 
     Args:
         a: [M, K], b: [K, N], both fp32, bf16 or fp16.
-        grid: (P, P) cores.
+        grid: (P, P) cores; "summa" takes any (rows, columns).
         algorithm: "summa", "cannon" or "mesh".
     Returns:
         [M, N] in the dtype of a, and the report.
@@ -98,13 +98,15 @@ def gemm(
     checks.has_shape(op, "b", b, (a.shape[1], b.shape[1]), "(K, N)")
     checks.is_choice(op, "algorithm", algorithm, ALGORITHMS)
     spec.check_grid(op, *grid)
-    P = grid[0]
-    if grid[0] != grid[1]:
-        raise ValueError(f"{op}: {algorithm} needs a square grid (P, P), got {tuple(grid)}")
-    report = gemm_report(a.shape[0], a.shape[1], b.shape[1], a.element_size(), P, algorithm, spec)
-    check_schedule(algorithm, P)
+    if grid[0] != grid[1] and algorithm != "summa":
+        raise ValueError(
+            f"{op}: {algorithm} needs a square grid (P, P), got {tuple(grid)}; use 'summa'"
+        )
+    sizes = (a.shape[0], a.shape[1], b.shape[1])
+    report = gemm_report(*sizes, a.element_size(), tuple(grid), algorithm, spec)
+    check_schedule(algorithm, max(grid))
     y = a.new_empty(a.shape[0], b.shape[1])
-    _product(a, b, None, None, y, "none", True, P)
+    _product(a, b, None, None, y, "none", True, grid[1])
     return y, report
 
 
@@ -123,23 +125,35 @@ def _product(x, weight, bias, residual, y, activation, kn, P):
         )
 
 
-def gemm_report(M, K, N, itemsize, P, algorithm, spec) -> Report:
-    """Cycles of a product on P x P cores; simulated core by core where the grid is small."""
-    tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
+def gemm_report(M, K, N, itemsize, grid, algorithm, spec) -> Report:
+    """Cycles of a product; simulated core by core where the grid is small.
+
+    On a grid that is not square, K is cut into as many panels as the longer side has cores, and
+    cores of the shorter side own several panels.
+    """
+    rows, columns = grid
+    P = max(grid)
+    tiles = Tiles(_share(M, rows), _share(K, P), _share(N, columns), itemsize)
     words = tiles.memory(algorithm)
+    words += (_share(P, columns) - 1) * tiles.a + (_share(P, rows) - 1) * tiles.b
     _fits("wafer.gemm", spec, words)
     name = f"gemm {M} x {K} x {N}, {algorithm}"
     if P <= SIMULATED and P**3 * (tiles.a + tiles.b) < 300_000:
-        report = from_run(name, run(build(spec, P, P, algorithm, tiles)))
+        report = from_run(name, run(build(spec, rows, columns, algorithm, tiles)))
         report.macs = M * K * N  # padding is not counted
     else:
         total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
         report = Report(
-            name, spec, P, P, total, dict(zip(PHASES, (compute, total - compute), strict=True))
+            name,
+            spec,
+            rows,
+            columns,
+            total,
+            dict(zip(PHASES, (compute, total - compute), strict=True)),
         )
         report.macs = M * K * N
         per_step = (tiles.a + tiles.b) * (P - 1 if algorithm != "summa" else 1)
-        report.words = per_step * P * P
+        report.words = per_step * rows * columns
         report.notes.append("cycles from a strip of two rows of cores")
     report.peak_macs_per_cycle = spec.rates["fmach" if itemsize == 2 else "fmacs"]
     report.peak_sram_bytes = 4 * words + spec.code_bytes + spec.stack_bytes
@@ -156,7 +170,8 @@ def gemv(
 ) -> tuple[Tensor, Report]:
     """x w: x [K] along the columns of cores, w [K, N] in tiles, sums reduced along y.
 
-    algorithm: how partial sums meet, "chain" or "ktree". Returns [N] and the report.
+    algorithm: how partial sums meet and come back: "chain", from both ends to the middle, or
+    "ktree", the same in about sqrt(P) groups and then between these. Returns [N] and the report.
     """
     op = "wafer.gemv"
     checks.is_tensor(op, "x", x)
@@ -430,9 +445,11 @@ def gemm_fwd(x, weight, bias, residual, y, activation, weight_kn) -> None:
     (M, K), N, size = x.shape, y.shape[1], x.element_size()
 
     def make(grid, spec):
-        if M < min(grid) or grid[0] != grid[1]:  # too few rows for tiles of a square
+        if M < min(grid):  # too few rows for tiles
             return gemv_report(M, K, N, size, grid, "ktree", spec)
-        return gemm_report(M, K, N, size, grid[0], "mesh", spec)
+        if grid[0] != grid[1]:
+            return gemm_report(M, K, N, size, grid, "summa", spec)
+        return gemm_report(M, K, N, size, grid, "mesh", spec)
 
     grid = (SIDE, SIDE) if not y.numel() or not K else _note(make)
     if not N:
