@@ -26,9 +26,9 @@ from .triton_substrate import launch, machine_code
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def layer_norm(C, dtype=BF16):
-    x, w = torch.randn(512, C, dtype=dtype), torch.randn(C, dtype=dtype)
-    mean = torch.randn(512)
+def layer_norm(C, dtype=BF16, rows=512):
+    x, w = torch.randn(rows, C, dtype=dtype), torch.randn(C, dtype=dtype)
+    mean = torch.randn(rows)
     layer_norm_triton.layer_norm_fwd(x, x, w, w, x, x, mean, mean, 1e-5)
     layer_norm_triton.layer_norm_bwd(x, x, x, w, w, mean, mean, (True, True, True))
 
@@ -42,9 +42,8 @@ def gemm(M, N, K, dtype=BF16, layout="kn"):
     gemm_triton.gemm_bwd(y, x, weight, bias, y, "gelu_tanh", layout, needs)
 
 
-def attention(D, dtype=BF16, S_q=1024, S_k=1024, dropout_p=0.0, bias=False, masks=False):
+def attention(D, dtype=BF16, S_q=1024, S_k=1024, dropout_p=0.0, bias=False, masks=False, B=2, H=12):
     """Forward and backward of one layer of GPT-2, q, k and v as one projection leaves them."""
-    B, H = 2, 12
     q = torch.randn(B, S_q, 3, H, D, dtype=dtype)[:, :, 0].transpose(1, 2)
     k, v = torch.randn(B, S_k, 3, H, D, dtype=dtype)[:, :, 1:].transpose(1, 3).unbind(2)
     out, lse = torch.randn(B, S_q, H, D, dtype=dtype).transpose(1, 2), torch.randn(B, H, S_q)
@@ -54,7 +53,7 @@ def attention(D, dtype=BF16, S_q=1024, S_k=1024, dropout_p=0.0, bias=False, mask
     wide = added.expand(B, H, S_q, S_k) if bias else None
     options = 0.125, True, dropout_p, 7
     attention_triton.attention_fwd(q, k, v, padding, wide, slopes, out, lse, *options)
-    if S_q > 1:
+    if S_q > 1 or bias:
         given = (out, q, k, v, out, lse, padding, added, slopes)
         attention_triton.attention_bwd(*given, *options, bias)
 

@@ -16,6 +16,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from cgpt_kernels import tune  # noqa: E402
 from cgpt_kernels.triton_substrate import launch, machine_code  # noqa: E402
 from cgpt_kernels.tune import CALLS  # noqa: E402
 
@@ -52,6 +53,27 @@ def test_machine_code_stays_within_its_budget(name, capability):
         if triton.__version__ == budget["triton"]:  # another one allocates registers its own way
             assert code.registers <= allowed["registers"], what
             assert code.shared <= allowed["shared"], what
+
+
+# Triton takes a size of 1 as a constant, on which what a number can do does not compile.
+ONES = {
+    "layer_norm": lambda: tune.layer_norm(1, rows=1),
+    "gemm": lambda: tune.gemm(1, 1, 1),
+    "cross_entropy": lambda: tune.cross_entropy(1, 1, 1),
+    "attention": lambda: tune.attention(8, S_q=1, S_k=1, B=1, H=1, bias=True, dropout_p=0.1),
+    "decode": lambda: tune.attention(8, S_q=1, S_k=600, B=1, H=1, masks=True),
+}
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_sizes_of_1_compile(name):
+    for launched in machine_code.record(ONES[name], "9.0"):
+        machine_code.compile_launch(launched, "9.0")
+
+
+def test_the_values_of_8_0_fit_the_shared_memory_of_8_6_and_12_0():
+    for kernel, by_capability in committed()["kernels"].items():
+        assert by_capability["8.0"]["shared"] <= 99 * 1024, kernel
 
 
 def write(prefix=""):

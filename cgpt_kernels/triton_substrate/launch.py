@@ -18,8 +18,10 @@ import torch
 from .device import INTERPRETED
 
 TABLE_PATH = Path(__file__).with_name("launch.json")
-# Compute capabilities with values of their own; others take the nearest one below.
+# Compute capabilities with values of their own; others take the nearest one below, if they have as
+# much shared memory: 227 kB per block on 9.0 and 10.0, 99 kB on 8.6, 8.9 and 12.0, which 8.0's fit.
 CAPABILITIES = ("8.0", "9.0", "10.0")
+_LARGE_SHARED = 200_000
 
 
 @functools.cache
@@ -49,8 +51,11 @@ def capability(device: int | None) -> str:
     """The entry of CAPABILITIES for a device; 8.0 for the interpreter."""
     if INTERPRETED or device is None:
         return _pretended
-    major, minor = torch.cuda.get_device_capability(device)
-    below = [c for c in CAPABILITIES if tuple(map(int, c.split("."))) <= (major, minor)]
+    found = torch.cuda.get_device_properties(device)
+    if found.shared_memory_per_block_optin < _LARGE_SHARED:
+        return CAPABILITIES[0]
+    own = (found.major, found.minor)
+    below = [c for c in CAPABILITIES if tuple(map(int, c.split("."))) <= own]
     return below[-1] if below else CAPABILITIES[0]
 
 

@@ -165,7 +165,7 @@ def attention_fwd_kernel(
 
 @triton.jit
 def attention_join_kernel(
-    part, part_top, part_total, out, lse, heads, H, S_q, chunks, kept,
+    part, part_top, part_total, out, lse, stride_chunk, H, S_q, chunks, kept,
     stride_ob, stride_oh, stride_os,
     NATURAL: tl.constexpr, HAS_LSE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +177,7 @@ def attention_join_kernel(
     total = 0.0
     top = float("-inf")
     for chunk in range(0, chunks):
-        at = chunk * heads.to(tl.int64) * S_q + row
+        at = chunk * stride_chunk + row
         higher = tl.maximum(top, tl.load(part_top + at))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         if NATURAL:
@@ -257,6 +257,6 @@ def attention_fwd(
     if chunks > 1:
         chosen = launch.config("attention_join", "any", q.device.index)
         attention_join_kernel[(B * H, S_q)](
-            part, part_top, part_total, out, lse, B * H, H, S_q, chunks, kept,
+            part, part_top, part_total, out, lse, B * H * S_q, H, S_q, chunks, kept,
             *out.stride()[:3], base_e, lse is not None, D, block_d, **chosen,
         )  # fmt: skip

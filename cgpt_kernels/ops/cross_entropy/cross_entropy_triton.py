@@ -72,19 +72,21 @@ def linear_cross_entropy_fwd_kernel(
 
 @triton.jit
 def linear_cross_entropy_join_kernel(
-    parts, target, loss, lse, M, V, count, ignore_index, smoothing,
+    parts, target, loss, lse, M, V, count, step, ignore_index, smoothing,
     SMOOTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """loss and lse of each row; NaN for a target that is no class and not ignored."""
+    """loss and lse of each row; NaN for a target that is no class and not ignored.
+
+    step: count * M, from one of the four numbers of a part to the next.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     there = rows < M
-    step = count.to(tl.int64) * M
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     hit = tl.zeros([BLOCK_M], tl.float32)
     every = tl.zeros([BLOCK_M], tl.float32)
     for part in range(0, count):
-        at = parts + part * M.to(tl.int64) + rows
+        at = parts + part * M + rows
         own = tl.load(at, mask=there, other=0.0)
         higher = tl.maximum(top, own)
         added = tl.load(at + step, mask=there, other=0.0) * tl.exp(own - higher)
@@ -173,7 +175,18 @@ def linear_cross_entropy_fwd(
     )  # fmt: skip
     chosen = launch.config("linear_cross_entropy_join", "any", x.device.index)
     linear_cross_entropy_join_kernel[(triton.cdiv(M, chosen["BLOCK_M"]),)](
-        parts, target, loss, lse, M, V, count, ignore_index, label_smoothing, smooth, **chosen
+        parts,
+        target,
+        loss,
+        lse,
+        M,
+        V,
+        count,
+        count * M,
+        ignore_index,
+        label_smoothing,
+        smooth,
+        **chosen,
     )
 
 
