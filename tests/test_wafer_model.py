@@ -100,6 +100,24 @@ def test_the_bubble_of_a_pipeline_shrinks_with_micro_batches():
     assert few.phases["bubble"] == pytest.approx(few.cycles * 9 / 11, rel=0.01)
 
 
+def test_one_token_cannot_fill_a_pipeline():
+    options = {"grid": (128, 128), "mode": "decode", "parallel": "pipeline", "context": 128}
+    one = estimate(SMALL, micro_batches=8, **options)
+    assert one.phases["bubble"] == pytest.approx(one.cycles * 9 / 10, rel=0.01)
+    many = estimate(SMALL, micro_batches=8, batch=8, **options)
+    assert many.tokens_per_second > one.tokens_per_second
+
+
+def test_a_streamed_model_keeps_its_keys_and_values_but_no_weights():
+    options = {"grid": (200, 200), "mode": "decode", "context": 2048}
+    need = {
+        parallel: estimate(SMALL, parallel=parallel, **options).peak_sram_bytes
+        for parallel in ("tensor", "streaming")
+    }
+    more = estimate(SMALL, parallel="streaming", **{**options, "context": 4096}).peak_sram_bytes
+    assert need["streaming"] < need["tensor"] and more > need["streaming"]
+
+
 def test_shifting_the_cache_uses_every_row():
     tokens = longest_decode(replace(LLAMA3_8B, n_layer=1, vocab_size=0), grid=(360, 360))
     assert tokens["shift"] == 360 * tokens["concatenate"] > 0

@@ -26,6 +26,16 @@ def test_backend_wafer_is_as_exact_as_the_others(case, dtype):
     hold_to_rule(registry.FUNCTIONS[case.op], case.inputs(dtype), backend="wafer")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("all_kn", "odd_tail", "packed", "no_rows")],
+    ids=lambda c: f"{c.op}-{c.name}",
+)
+def test_gradients_pass_through_backend_wafer(case):
+    function = registry.FUNCTIONS[case.op]
+    hold_to_rule(function, case.inputs(torch.float32), gradients=True, backend="wafer")
+
+
 def test_auto_never_picks_the_wafer():
     x = torch.randn(4, 8)
     assert backends.resolve("gemm", "auto", (x, x)) == "cpu"

@@ -198,11 +198,13 @@ def _macs(b: Block, tokens: int, context: int) -> int:
     return tokens * (b.matrix_elements + 2 * context * b.n_embd)
 
 
-def _memory(spec, b, cores, context, batch, layers, training=False):
-    """Bytes per core: weights (with fp32 optimizer state in training), KV cache, working space."""
+def _memory(spec, b, cores, context, batch, layers, cached, training=False):
+    """Bytes per core: weights of `layers` blocks (with fp32 optimizer state in training), keys and
+    values of `cached` blocks, working space; activations kept for a backward are not counted.
+    """
     weights = layers * b.matrix_elements + b.vocab_size * b.n_embd
     per_weight = 2 + (12 if training else 0)
-    cache = layers * 2 * b.kv * context * batch * 2
+    cache = cached * 2 * b.kv * context * batch * 2
     working = 16 * b.n_inner * batch * 2
     return math.ceil((weights * per_weight + cache + working) / cores) + (
         spec.code_bytes + spec.stack_bytes
@@ -230,7 +232,7 @@ def estimate(
         mode: "decode" (one token per request), "prefill" (`context` tokens per request) or "train"
             (forward and backward of batch x context tokens: three times the products).
         batch: requests or sequences; context: tokens each attends to.
-        parallel: "tensor", "pipeline", "sequence" or "streaming".
+        parallel: "tensor", "pipeline", "sequence" (four groups of rows) or "streaming".
         groups: of the K-tree collectives (default about sqrt(P)).
         density: share of nonzero weights; only streaming skips zeros.
         micro_batches: of the pipeline, whose bubble is part of the result.
@@ -307,7 +309,9 @@ def estimate(
         total += phases["output head"]
         work += batch * b.vocab_size * b.n_embd
     if parallel == "pipeline":
-        # a stage's time, once per micro-batch and stage in flight
+        # A stage's time, once per micro-batch and stage in flight. A token cannot be cut: in decode
+        # the micro-batches are requests.
+        micro_batches = min(micro_batches, batch) if mode == "decode" else micro_batches
         slot = total / stages / micro_batches
         bubble = (stages - 1) * slot
         phases = {name: value / stages for name, value in phases.items()}
@@ -325,7 +329,8 @@ def estimate(
 
     cores = sides[0] * sides[1]
     resident = replace(b, vocab_size=0) if parallel != "tensor" else b
-    need = _memory(spec, resident, cores, context, batch, layers_here, mode == "train")
+    cached = 1 if parallel == "pipeline" else b.n_layer
+    need = _memory(spec, resident, cores, context, batch, layers_here, cached, mode == "train")
     report = Report(
         f"{mode}, {parallel}, {b.n_layer} blocks of {b.n_embd}",
         spec,
@@ -357,7 +362,7 @@ def longest_decode(config, *, spec: WaferSpec = WSE2, grid: tuple[int, int]) -> 
     b = block_of(config)
     spec.check_grid("longest_decode", *grid)
     rows, columns = grid
-    fixed = _memory(spec, b, rows * columns, 0, 1, b.n_layer)
+    fixed = _memory(spec, b, rows * columns, 0, 1, b.n_layer, b.n_layer)
     free = spec.sram_bytes - spec.sram_reserved - fixed
     per_token = b.n_layer * 2 * b.kv * 2 / columns
     row = max(0, int(free // per_token))
