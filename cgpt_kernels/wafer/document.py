@@ -80,6 +80,11 @@ _MISSES = """
 - The ring all-reduce pays a launch of its receive in each step, which the formula does not: more
   than a quarter for chunks of one word, 4 % for chunks of 64.
 
+WaferLLM's text also says that at 2K SUMMA and Cannon get slower from 360 x 360 to 720 x 720 cores
+and MeshGEMM does not. The model does not show it: its cores never wait for a step to end
+everywhere, so the long ways of SUMMA and Cannon hide behind the products, and the three differ by
+a few per cent.
+
 Not compared: stencils over tiles, the host copy, and the claims of WaferLLM's text about shares of
 the compute limit, whose sizes are not stated.
 """
