@@ -121,6 +121,24 @@ def test_rows_do_not_depend_on_their_neighbours():
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_the_number_of_threads_changes_no_bit(quantize):
+    """Few rows run as one team of threads, whose last members may find no head or panel to do."""
+    model = reference(dtype=torch.bfloat16)
+    ck.replace(model, quantize=quantize)
+    ids, before, found = small_gpt2.tokens(2, 9), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            decoder = Decoder(decoder_parts(model), 2, 9)
+            found.append(decoder.step(ids[:, :8]).clone())
+            found.append(decoder.step(ids[:, 8:]).clone())
+    finally:
+        torch.set_num_threads(before)
+    for first, second in zip(found[2::2], found[3::2], strict=True):
+        assert torch.equal(first, found[0]) and torch.equal(second, found[1])
+
+
 def test_left_padding_changes_nothing_of_a_sequence():
     model = reference()
     ck.replace(model)

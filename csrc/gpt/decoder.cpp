@@ -1,8 +1,53 @@
 #include "decoder.h"
 
+#include <omp.h>
+
+#include <atomic>
 #include <cstring>
+#include <thread>
 
 namespace cgpt {
+
+// Where the threads of a step meet. It spins, whatever OMP_WAIT_POLICY says: a step has 5 meetings
+// a layer, microseconds apart, and one that sleeps costs 20 to 30 us; long waits give the core
+// away.
+class Barrier {
+ public:
+  void wait(int64_t team) {
+    const uint32_t turn = turn_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (spins > kSpins) std::this_thread::yield();
+#if defined(__x86_64__)
+      else __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 1000;  // about 15 us
+  std::atomic<int64_t> arrived_{0};
+  std::atomic<uint32_t> turn_{0};
+};
+
+// Thread `index` of a team of `count`. Alone (no barrier), the ops bring their own threads.
+struct Decoder::Part {
+  int64_t index = 0, count = 1;
+  Barrier* barrier = nullptr;
+  void wait() const {
+    if (barrier) barrier->wait(count);
+  }
+};
+
+struct Decoder::Buffers {
+  uint8_t *x, *heads, *wide, *normed;
+  int64_t normed_bytes;  // one a thread
+};
+
 namespace {
 
 int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
@@ -18,31 +63,42 @@ TensorView rows_at(void* data, int64_t rows, int64_t columns, DType dtype) {
   return v;
 }
 
-// [rows, parts * columns] -> its `part`, [B, H, S, D] as attention reads it.
-TensorView heads_of(const TensorView& x, int64_t B, int64_t H, int64_t first_column, int64_t D) {
+// Heads [h0, h1) of the columns of x that begin at first_column, [B, h1 - h0, S, D] as attention
+// reads them.
+TensorView heads_of(const TensorView& x, int64_t B, int64_t h0, int64_t h1, int64_t first_column,
+                    int64_t D) {
   TensorView v = x;
   const int64_t S = x.shape[0] / B, row = x.strides[0];
-  v.data = static_cast<char*>(x.data) + first_column * bytes_of(x.dtype);
+  v.data = static_cast<char*>(x.data) + (first_column + h0 * D) * bytes_of(x.dtype);
   v.ndim = 4;
-  v.shape[0] = B, v.shape[1] = H, v.shape[2] = S, v.shape[3] = D;
+  v.shape[0] = B, v.shape[1] = h1 - h0, v.shape[2] = S, v.shape[3] = D;
   v.strides[0] = S * row, v.strides[1] = D, v.strides[2] = row, v.strides[3] = 1;
   return v;
 }
 
-// Layer `l` of the cache with its first `tokens` tokens, [B, H, tokens, D].
-TensorView cached(const TensorView& cache, int64_t l, int64_t tokens) {
+// Heads [h0, h1) of layer `l` of the cache with its first `tokens` tokens.
+TensorView cached(const TensorView& cache, int64_t l, int64_t tokens, int64_t h0, int64_t h1) {
   TensorView v = cache;
-  v.data = static_cast<char*>(cache.data) + l * cache.strides[0] * bytes_of(cache.dtype);
+  v.data = static_cast<char*>(cache.data) +
+           (l * cache.strides[0] + h0 * cache.strides[2]) * bytes_of(cache.dtype);
   v.ndim = 4;
   for (int d = 0; d < 4; ++d) v.shape[d] = cache.shape[d + 1], v.strides[d] = cache.strides[d + 1];
-  v.shape[2] = tokens;
+  v.shape[1] = h1 - h0, v.shape[2] = tokens;
   return v;
 }
 
+// The part of a product that is this thread's: a contiguous range of panels.
 void project(const Projection& p, const TensorView& x, const TensorView& residual,
-             const TensorView& y, Activation activation = Activation::none) {
-  if (p.weight) gemm_fwd_cpu(GemmArgs{x, p.weight, p.bias, residual, y, activation, p.weight_kn});
-  else packed_gemm_fwd_cpu(PackedGemmArgs{x, p.packed, p.bias, residual, y, activation});
+             const TensorView& y, const Decoder::Part& part,
+             Activation activation = Activation::none) {
+  if (p.weight)
+    return gemm_fwd_cpu(GemmArgs{x, p.weight, p.bias, residual, y, activation, p.weight_kn});
+  const int64_t panels = panel_count(p.packed.N);
+  const int64_t first = panels * part.index / part.count;
+  const int64_t end = panels * (part.index + 1) / part.count;
+  if (first < end)
+    packed_gemm_fwd_cpu(
+        PackedGemmArgs{x, p.packed, p.bias, residual, y, activation, first, end - first});
 }
 
 // Rows of `table` by number, into the dense rows of `out`.
@@ -117,7 +173,10 @@ Decoder::Decoder(DecoderWeights weights) : w_(std::move(weights)) {
     return "heads must divide the width " + std::to_string(C) + ", got " + std::to_string(w_.heads);
   });
   inner_ = w_.layers[0].fc.outputs();
+  all_packed_ = !w_.head.weight;
   for (const DecoderLayer& layer : w_.layers) {
+    for (const Projection* p : {&layer.qkv, &layer.proj, &layer.fc, &layer.out})
+      all_packed_ = all_packed_ && !p->weight;
     check_norm(c, "norm1", layer.norm1, C, T);
     check_projection(c, "qkv", layer.qkv, 3 * C, C, T);
     check_projection(c, "proj", layer.proj, C, C, T);
@@ -173,68 +232,94 @@ void Decoder::check(const DecoderStep& s) const {
 
 void Decoder::step(const DecoderStep& s) {
   check(s);
-  const int64_t B = s.ids.shape[0], S = s.ids.shape[1], M = B * S, T = s.past + S;
-  const int64_t C = w_.wte.shape[1], H = w_.heads, D = C / H;
-  const DType dtype = w_.wte.dtype;
-
-  // x: the residual stream. y: what a norm or the heads give. wide: q, k, v, or the MLP's inner
-  // values, or at the start the rows of wte and wpe.
-  const int64_t wide_columns = inner_ > 3 * C ? inner_ : 3 * C;
-  const int64_t element = bytes_of(dtype), line = 64;
-  const auto padded = [&](int64_t columns) {
+  const int64_t M = s.ids.shape[0] * s.ids.shape[1], C = w_.wte.shape[1];
+  // q, k, v, or the MLP's inner values, or at the start the rows of wte and wpe
+  const int64_t wide = inner_ > 3 * C ? inner_ : 3 * C;
+  const int64_t team =
+      all_packed_ && M <= kTeamRows && !omp_in_parallel() ? omp_get_max_threads() : 1;
+  const int64_t line = 64, element = bytes_of(w_.wte.dtype);
+  const auto bytes = [&](int64_t columns) {
     return (M * columns * element + line - 1) / line * line;
   };
-  const size_t needed = static_cast<size_t>(2 * padded(C) + padded(wide_columns) + line);
+  const auto needed = static_cast<size_t>((2 + team) * bytes(C) + bytes(wide) + line);
   if (buffer_.size() < needed) buffer_.resize(needed);
   auto* at = buffer_.data();
   at += (line - reinterpret_cast<uintptr_t>(at) % line) % line;
-  const TensorView x = rows_at(at, M, C, dtype);
-  const TensorView y = rows_at(at += padded(C), M, C, dtype);
-  auto* wide = at += padded(C);
-  const TensorView qkv = rows_at(wide, M, 3 * C, dtype);
-  const TensorView inner = rows_at(wide, M, inner_, dtype);
-  const TensorView tokens = rows_at(wide, M, C, dtype);
-  const TensorView places = rows_at(wide + M * C * element, M, C, dtype);
-  const TensorView none;
+  Buffers b;
+  b.x = at, b.heads = at += bytes(C), b.wide = at += bytes(C), b.normed = at + bytes(wide);
+  b.normed_bytes = bytes(C);
+  if (team == 1) return run(s, b, {});
+  Barrier barrier;
+#pragma omp parallel num_threads(static_cast<int>(team))
+  {
+    const Part part{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+    run(s, b, part);
+  }
+}
 
-  gather(w_.wte, s.ids, tokens);
-  gather(w_.wpe, s.positions, places);
+void Decoder::run(const DecoderStep& s, const Buffers& buffers, const Part& part) const {
+  const int64_t B = s.ids.shape[0], S = s.ids.shape[1], M = B * S, T = s.past + S;
+  const int64_t C = w_.wte.shape[1], H = w_.heads, D = C / H;
+  const DType dtype = w_.wte.dtype;
+  const int64_t element = bytes_of(dtype);
+  const TensorView x = rows_at(buffers.x, M, C, dtype);  // the residual stream
+  const TensorView heads = rows_at(buffers.heads, M, C, dtype);
+  const TensorView qkv = rows_at(buffers.wide, M, 3 * C, dtype);
+  const TensorView inner = rows_at(buffers.wide, M, inner_, dtype);
+  // A thread of a team normalises all rows for itself: cheaper than to wait for others' rows.
+  const TensorView y = rows_at(buffers.normed + part.index * buffers.normed_bytes, M, C, dtype);
+  const TensorView none;
+  const auto norm = [&](const NormWeights& n, const TensorView& from, const TensorView& to) {
+    layer_norm_fwd_cpu(LayerNormArgs{from, none, n.weight, n.bias, to, none, none, none, w_.eps});
+  };
+
+  if (part.index == 0) {
+    const TensorView tokens = rows_at(buffers.wide, M, C, dtype);
+    const TensorView places = rows_at(buffers.wide + M * C * element, M, C, dtype);
+    gather(w_.wte, s.ids, tokens);
+    gather(w_.wpe, s.positions, places);
+    const NormWeights& n = w_.layers[0].norm1;  // only the sum is kept
+    layer_norm_fwd_cpu(LayerNormArgs{tokens, places, n.weight, n.bias, y, x, none, none, w_.eps});
+  }
+  part.wait();
+  const int64_t h0 = H * part.index / part.count, h1 = H * (part.index + 1) / part.count;
   for (size_t l = 0; l < w_.layers.size(); ++l) {
     const DecoderLayer& layer = w_.layers[l];
-    const auto norm = [&](const NormWeights& n) {
-      layer_norm_fwd_cpu(LayerNormArgs{x, none, n.weight, n.bias, y, none, none, none, w_.eps});
-    };
-    if (l == 0)
-      layer_norm_fwd_cpu(LayerNormArgs{tokens, places, layer.norm1.weight, layer.norm1.bias, y, x,
-                                       none, none, w_.eps});
-    else norm(layer.norm1);
-    project(layer.qkv, y, none, qkv);
-    const auto index = static_cast<int64_t>(l);
-    append(heads_of(qkv, B, H, C, D), cached(s.keys, index, T), s.past);
-    append(heads_of(qkv, B, H, 2 * C, D), cached(s.values, index, T), s.past);
-    AttentionArgs a{};
-    a.q = heads_of(qkv, B, H, 0, D);
-    a.k = cached(s.keys, index, T), a.v = cached(s.values, index, T);
-    a.key_padding_mask = s.padding;
-    a.out = heads_of(y, B, H, 0, D);
-    a.scale = layer.attention_scale;
-    a.causal = true;
-    attention_fwd_cpu(a);
-    project(layer.proj, y, x, x);
-    norm(layer.norm2);
-    project(layer.fc, y, none, inner, w_.activation);
-    project(layer.out, inner, x, x);
+    norm(layer.norm1, x, y);
+    project(layer.qkv, y, none, qkv, part);
+    part.wait();
+    if (h0 < h1) {
+      const auto index = static_cast<int64_t>(l);
+      const TensorView keys = cached(s.keys, index, T, h0, h1);
+      const TensorView values = cached(s.values, index, T, h0, h1);
+      append(heads_of(qkv, B, h0, h1, C, D), keys, s.past);
+      append(heads_of(qkv, B, h0, h1, 2 * C, D), values, s.past);
+      AttentionArgs a{};
+      a.q = heads_of(qkv, B, h0, h1, 0, D);
+      a.k = keys, a.v = values;
+      a.key_padding_mask = s.padding;
+      a.out = heads_of(heads, B, h0, h1, 0, D);
+      a.scale = layer.attention_scale;
+      a.causal = true;
+      attention_fwd_cpu(a);
+    }
+    part.wait();
+    project(layer.proj, heads, x, x, part);
+    part.wait();
+    norm(layer.norm2, x, y);
+    project(layer.fc, y, none, inner, part, w_.activation);
+    part.wait();
+    project(layer.out, inner, x, x, part);
+    part.wait();
   }
 
-  // Each sequence's last row; the first B rows of y are free.
-  TensorView last = x;
+  TensorView last = x;  // each sequence's last row
   last.data = x.as<char>() + (S - 1) * C * element;
   last.shape[0] = B;
   last.strides[0] = S * C;
   const TensorView normed = rows_at(y.data, B, C, dtype);
-  layer_norm_fwd_cpu(
-      LayerNormArgs{last, none, w_.norm.weight, w_.norm.bias, normed, none, none, none, w_.eps});
-  project(w_.head, normed, none, s.logits);
+  norm(w_.norm, last, normed);
+  project(w_.head, normed, none, s.logits, part);
 }
 
 }  // namespace cgpt

@@ -72,13 +72,20 @@ class Decoder {
   // are kept from step to step, so that equal steps allocate nothing. Not for two threads at once.
   void step(const DecoderStep& step);
 
-  const DecoderWeights& weights() const { return w_; }
+  struct Part;     // one thread's share of a step
+  struct Buffers;  // a step's memory
 
  private:
+  // Few rows (decoding) are computed by one team of threads from the first op to the last; many by
+  // one thread whose ops bring teams of their own.
+  static constexpr int64_t kTeamRows = 16;
+
   void check(const DecoderStep& step) const;
+  void run(const DecoderStep& step, const Buffers& buffers, const Part& part) const;
 
   DecoderWeights w_;
   int64_t inner_ = 0;
+  bool all_packed_ = false;
   std::vector<uint8_t> buffer_;
 };
 
