@@ -38,7 +38,7 @@ TIERS = {  # name: (level, flags); CMakeLists.txt has the same table, tests/test
     "avx512": (2, AVX512),
     "avx512_bf16": (3, BF16),
     "amx": (4, [*BF16, *"-mamx-tile -mamx-bf16 -mamx-int8".split()]),
-    "amx_emulated": (4, [*BF16, "-DCGPT_AMX_EMULATED"]),
+    "amx_emulated": (4, [*BF16, "-DCGPT_AMX_EMULATED", "-O1"]),  # for tests: quick to build
 }
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": TIERS["scalar"]}
