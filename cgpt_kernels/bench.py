@@ -141,8 +141,9 @@ def measure(
         except AssertionError as error:
             red = str(error)
     tensors = tuple(v for v in inputs.values() if isinstance(v, torch.Tensor))
+    given = {name: v for name, v in inputs.items() if v is not None}  # as a user calls it
     candidates = {
-        "ours": lambda: function(**inputs, backend=backend),
+        "ours": lambda: function(**given, backend=backend),
         "eager": case.torch_call(inputs),
     }
     if compile:
