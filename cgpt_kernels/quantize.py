@@ -43,14 +43,13 @@ class Report:
 
 
 @torch.no_grad()
-def loss_of(model: nn.Module, ids: np.ndarray | Tensor, context: int | None = None) -> float:
-    """Mean loss in nats per token of a `GPT` over windows of the token stream `ids` [n].
+def loss_of(model: GPT, ids: np.ndarray | Tensor) -> float:
+    """Mean loss in nats per token over windows of n_positions tokens of the stream `ids` [n].
 
-    context: tokens a window holds; None takes the model's n_positions. Every token but the first
-        is predicted once, from those before it in its window.
+    Every token but the first is predicted once, from those before it in its window.
     """
     ids = torch.as_tensor(np.asarray(ids).astype(np.int64))
-    length = min(context or model.config.n_positions, model.config.n_positions)
+    length = model.config.n_positions
     if len(ids) < 2:
         raise ValueError(f"loss_of: ids must hold at least 2 tokens, got {len(ids)}")
     total = 0.0
