@@ -2,6 +2,7 @@
 
 #include "../ops/attention/attention.h"
 #include "dlpack.h"
+#include "gil.h"
 
 namespace cgpt::python {
 namespace {
@@ -12,7 +13,7 @@ void attention_fwd(Tensor q, Tensor k, Tensor v, Tensor key_padding_mask, Tensor
   const AttentionArgs args{q,   k,   v,     key_padding_mask, attn_bias, alibi_slopes,
                            out, lse, scale, causal,           dropout_p, seed};
   attention_check(args);
-  py::gil_scoped_release release;
+  const ReleaseGil release(args.q.numel() * args.k.shape[2] * 2);
   attention_fwd_cpu(args);
 }
 

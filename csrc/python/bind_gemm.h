@@ -6,12 +6,22 @@
 #include "../ops/gemm/gemm.h"
 #include "../ops/gemm/packed.h"
 #include "dlpack.h"
+#include "gil.h"
 
 namespace cgpt::python {
 namespace {
 
-void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
-              const std::string& activation, bool weight_kn) {
+// y, or a new one [..., N] like x where it is None.
+py::object gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
+                    const std::string& activation, bool weight_kn) {
+  if (out.is_none()) {
+    if (!x || x.ndim == 0 || !weight || weight.ndim != 2)
+      fail("gemm: x must have shape (..., K) and weight 2 dimensions");
+    out = new_empty(x, weight.shape[weight_kn]);
+  }
+  py::detail::make_caster<BorrowedTensor> caster;
+  caster.load(out, true);
+  const BorrowedTensor& y = caster;
   GemmArgs args{rows_of(x), weight, bias, rows_of(residual), rows_of(y), activation_of(activation),
                 weight_kn};
   const Checker c{"gemm"};
@@ -26,8 +36,9 @@ void gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y,
     args.weight_kn = !weight_kn;
   }
   gemm_check(args);
-  py::gil_scoped_release release;
+  const ReleaseGil release(args.y.numel() * args.x.shape[1]);
   gemm_fwd_cpu(args);
+  return out;
 }
 
 // `bytes` zeroed bytes in huge pages, as a DLPack capsule that torch.from_dlpack takes over.

@@ -2,6 +2,7 @@
 
 #include "../ops/layer_norm/layer_norm.h"
 #include "dlpack.h"
+#include "gil.h"
 
 namespace cgpt::python {
 namespace {
@@ -15,7 +16,7 @@ void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tenso
   c.require(!residual || same_leading(x, residual, 1, 1),
             [&] { return "residual must have the shape of x, got " + shape_text(residual); });
   layer_norm_check(args, device);
-  py::gil_scoped_release release;
+  const ReleaseGil release(args.x.numel());
 #ifdef CGPT_CUDA
   if constexpr (device == Device::cuda) return layer_norm_fwd_cuda(args);
 #endif

