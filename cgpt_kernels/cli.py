@@ -1,4 +1,4 @@
-"""The command line: `cgpt-kernels doctor | demo | generate | quantize | bench | tune`.
+"""The command line: `cgpt-kernels doctor | demo | generate | train | quantize | bench`.
 
 Results go to stdout; progress, rates and errors to stderr. An error is one line and exit code 2; a
 check that fails (outputs that disagree) is exit code 1.
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .train.cli import app as train_app
 from .wafer.cli import app as wafer_app
 
 # torch, rich and the rest of the package are imported by the command that needs them.
@@ -82,6 +83,7 @@ def main(
     cgpt-kernels generate --prompt 'def '  text from the shipped model
     cgpt-kernels bench gemm --dtype bf16   each case against eager, torch.compile and the bound
     cgpt-kernels quantize --out tiny-int8  a smaller checkpoint, and what it costs in loss
+    cgpt-kernels train texts/ --out run    a model from text, killed and resumed at will
     """
     if version:
         from importlib.metadata import PackageNotFoundError
@@ -158,6 +160,7 @@ def generate_command(
     from .quantize import is_quantized
     from .quantize import load as load_quantized
     from .replace import replace
+    from .train.data import read_tokenizer
 
     checks.is_choice("generate", "--backend", backend, ("auto", *BACKENDS))
     if prompt == "-":
@@ -167,7 +170,7 @@ def generate_command(
     if wanted is None and device == "cpu":
         wanted = torch.float32
     folder = _model_folder(model)
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder, "generate")
     ids = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.long, device=device)
     if ids.shape[1] == 0:
         raise ValueError("generate: --prompt must hold at least one token, got an empty text")
@@ -244,11 +247,12 @@ def quantize_command(
 
     from . import quantize, timing
     from .gpt import GPT
+    from .train.data import read_tokenizer
 
     folder = _model_folder(model)
     if out.resolve() == folder.resolve():
         raise ValueError(f"quantize: --out must not be the model's own folder, got {out}")
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder, "quantize")
     texts = [file.read_text(encoding="utf-8") for file in text or ()]
     console = _console()
     with console.status("reading the model"):
@@ -448,6 +452,7 @@ def _bench_end_to_end(model: str, dtypes: list[str], threads: int | None, out: P
 
 
 app.add_typer(wafer_app, name="wafer", short_help="A modelled wafer-scale engine.")
+app.registered_commands += train_app.registered_commands
 
 
 # ---- what the commands share --------------------------------------------------------------------
@@ -476,21 +481,6 @@ def _model_folder(model: str) -> Path:
     raise ValueError(
         f"generate: --model must be 'tiny' or a folder with a config.json, got {model!r} "
         "(nothing is downloaded: `hf download REPO --local-dir DIR` fetches a model)"
-    )
-
-
-def _tokenizer(folder: Path):
-    """The folder's tokenizer: tokenizer.json, or GPT-2's vocab.json and merges.txt."""
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return ByteLevelBPETokenizer(str(vocab), str(merges))
-    raise ValueError(
-        f"generate: {folder} has no tokenizer.json (nor vocab.json and merges.txt): copy the "
-        "model's tokenizer files there"
     )
 
 

@@ -20,6 +20,7 @@ from . import checkpoint, checks
 from .gpt import GPT, GPTConfig
 from .ops.gemm import PackedWeight
 from .replace import QUANTIZED, packing, replace
+from .train import loss_of
 
 METHOD = "cgpt_kernels"
 
@@ -40,23 +41,6 @@ class Report:
     def perplexity_change(self) -> float:
         """Relative: 0.01 is one per cent more."""
         return math.expm1(self.quantized_loss - self.loss)
-
-
-@torch.no_grad()
-def loss_of(model: GPT, ids: np.ndarray | Tensor) -> float:
-    """Mean loss in nats per token over windows of n_positions tokens of the stream `ids` [n].
-
-    Every token but the first is predicted once, from those before it in its window.
-    """
-    ids = torch.as_tensor(np.asarray(ids).astype(np.int64))
-    length = model.config.n_positions
-    if len(ids) < 2:
-        raise ValueError(f"loss_of: ids must hold at least 2 tokens, got {len(ids)}")
-    total = 0.0
-    for start in range(0, len(ids) - 1, length):
-        part = ids[start : start + length + 1]
-        total += model(part[None, :-1], targets=part[None, 1:]).item() * (len(part) - 1)
-    return total / (len(ids) - 1)
 
 
 def held_out_text(characters: int = 60_000) -> list[str]:

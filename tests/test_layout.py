@@ -18,6 +18,7 @@ FLOORS = [
     {"ops"},
     {"gpt", "decoder"},
     {"replace", "bench", "tune"},
+    {"train"},
     {"generate", "quantize", "bench_e2e"},
     {"doctor"},
     {"demo"},
