@@ -12,8 +12,8 @@ namespace cgpt::python {
 namespace {
 
 // y, or a new one [..., N] like x where it is None.
-py::object gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
-                    const std::string& activation, bool weight_kn) {
+py::object gemm(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
+                const std::string& activation, bool weight_kn, const LowRankTerm& low_rank) {
   if (out.is_none()) {
     if (!x || x.ndim == 0 || !weight || weight.ndim != 2)
       fail("gemm: x must have shape (..., K) and weight 2 dimensions");
@@ -22,8 +22,8 @@ py::object gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::o
   py::detail::make_caster<BorrowedTensor> caster;
   caster.load(out, true);
   const BorrowedTensor& y = caster;
-  GemmArgs args{rows_of(x), weight, bias, rows_of(residual), rows_of(y), activation_of(activation),
-                weight_kn};
+  GemmArgs args{rows_of(x), weight,  bias, rows_of(residual), rows_of(y), activation_of(activation),
+                weight_kn,  low_rank};
   const Checker c{"gemm"};
   c.require(!residual || same_leading(x, residual, 1, 1), [&] {
     return "residual must have x's leading dimensions, got " + shape_text(residual);
@@ -39,6 +39,19 @@ py::object gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::o
   const ReleaseGil release(args.y.numel() * args.x.shape[1]);
   gemm_fwd_cpu(args);
   return out;
+}
+
+py::object gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
+                    const std::string& activation, bool weight_kn) {
+  return gemm(x, weight, bias, residual, std::move(out), activation, weight_kn, {});
+}
+
+// gemm_fwd with scale u v^T; u [..., r], v [N, r].
+py::object gemm_low_rank_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
+                             const std::string& activation, bool weight_kn, Tensor u, Tensor v,
+                             float scale) {
+  return gemm(x, weight, bias, residual, std::move(out), activation, weight_kn,
+              {rows_of(u), v, scale});
 }
 
 // `bytes` zeroed bytes in huge pages, as a DLPack capsule that torch.from_dlpack takes over.
@@ -104,27 +117,39 @@ void unpack_weight(Tensor packed, Tensor out, bool weight_kn, const std::string&
   unpack_weight_cpu(args);
 }
 
-void packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::string& format,
-                     int64_t group, Tensor bias, Tensor residual, Tensor y,
-                     const std::string& activation) {
+// packed_gemm_fwd with scale u v^T; u [..., r], v [N, r].
+void packed_gemm_low_rank_fwd(Tensor x, Tensor packed, int64_t n, int64_t k,
+                              const std::string& format, int64_t group, Tensor bias,
+                              Tensor residual, Tensor y, const std::string& activation, Tensor u,
+                              Tensor v, float scale) {
   const PackedWeight weight{weight_format_of(format), n, k, group, packed.data};
-  const PackedGemmArgs args{rows_of(x),        weight,     bias,
-                            rows_of(residual), rows_of(y), activation_of(activation)};
+  PackedGemmArgs args{rows_of(x),        weight,     bias,
+                      rows_of(residual), rows_of(y), activation_of(activation)};
+  args.low_rank = {rows_of(u), v, scale};
   packed_gemm_check(args);
   packed_buffer_check("packed_gemm", packed, weight);
   py::gil_scoped_release release;
   packed_gemm_fwd_cpu(args);
 }
 
+void packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::string& format,
+                     int64_t group, Tensor bias, Tensor residual, Tensor y,
+                     const std::string& activation) {
+  packed_gemm_low_rank_fwd(x, packed, n, k, format, group, bias, residual, y, activation, {}, {},
+                           1.0f);
+}
+
 }  // namespace
 
 inline void bind_gemm(py::module_& m) {
   m.def("gemm_fwd", &gemm_fwd);
+  m.def("gemm_low_rank_fwd", &gemm_low_rank_fwd);
   m.def("allocate_buffer", &allocate_buffer);
   m.def("packed_bytes", &packed_bytes_of);
   m.def("pack_weight", &pack_weight);
   m.def("unpack_weight", &unpack_weight);
   m.def("packed_gemm_fwd", &packed_gemm_fwd);
+  m.def("packed_gemm_low_rank_fwd", &packed_gemm_low_rank_fwd);
 }
 
 }  // namespace cgpt::python

@@ -24,6 +24,7 @@ from ..dispatch import (
     undisturbed,
     with_numpy,
 )
+from . import lora as low_rank
 from . import packed, reference
 from .backward import gemm_bwd
 
@@ -39,10 +40,14 @@ def gemm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    lora: tuple | None = None,
     weight_layout: str = "nk",
     backend: str = "auto",
 ) -> Tensor:
     """activation(x W^T + bias) + residual in one pass, accumulated in fp32.
+
+    With lora: activation(x W^T + scale (x A^T) B^T + bias) + residual, in one pass on the CPU,
+    and the gradient of x as well.
 
     Args:
         x: [..., K], T one of fp32, bf16, fp16 (fp64 on backend "eager"). Rows are read in place
@@ -52,12 +57,18 @@ def gemm(
         bias: [N], T or fp32.
         activation: None, "gelu" (erf), "gelu_tanh" (tanh form) or "relu".
         residual: [..., N], T, added after the activation.
+        lora: (A, B, scale), A [r, K] and B [N, r] in T or fp32, as LoRA's two nn.Linear store them;
+            a fourth element, x' [..., K] in T or A's dtype, is multiplied by A in place of x (what
+            lora_dropout leaves of x).
         backend: "auto" or a name; a name runs or raises.
     Returns:
         [..., N] in T, contiguous.
     Raises:
         ValueError, TypeError: before any memory is touched, naming argument, expected and got.
     """
+    if lora is not None:
+        options = activation, weight_layout, backend, lora
+        return low_rank.gemm(gemm, x, weight, bias, residual, *options)
     if (
         type(x) in PLAIN
         and type(weight) in PLAIN

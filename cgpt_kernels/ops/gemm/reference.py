@@ -26,14 +26,16 @@ def gemm(
     residual: Tensor | None,
     activation: str | None,
     weight_layout: str,
+    lora: tuple | None = None,
 ) -> Tensor:
-    """activation(x W^T + bias) + residual.
+    """activation(x W^T + bias) + residual, with lora scale (x' A^T) B^T added to the product.
 
     Args:
         x: [..., K], any floating dtype T.
         weight: [N, K] ("nk", as nn.Linear) or [K, N] ("kn", as GPT-2's Conv1D), T.
         bias: [N], T or fp32.
         residual: [..., N], T.
+        lora: (A [r, K], B [N, r], scale, x' [..., K] or None for x), A and B in T or fp32.
     Returns:
         [..., N] in T.
     """
@@ -42,6 +44,10 @@ def gemm(
         y = F.linear(x, w, bias)
     else:  # fp32 bias beside a low-precision product
         y = (F.linear(x, w).to(bias.dtype) + bias).to(x.dtype)
+    if lora is not None:
+        A, B, scale, x_low = lora
+        low = F.linear(F.linear((x if x_low is None else x_low).to(A.dtype), A), B)
+        y = (y + low * scale).to(x.dtype)
     y = activate(y, activation)
     return y if residual is None else y + residual
 

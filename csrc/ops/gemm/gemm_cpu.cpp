@@ -1,4 +1,4 @@
-// y = activation(x W^T + bias) + residual on CPU.
+// y = activation(x W^T + scale u v^T + bias) + residual on CPU.
 //
 // Few rows of x (gemm_skinny.h): the weights are streamed once and used as they lie. 2 M N K FLOPs
 // over K N sizeof(T) bytes: the bound is memory bandwidth.
@@ -62,6 +62,7 @@ void skinny(const GemmProblem<T>& p, int64_t n0, int64_t n1) {
     if (p.weight_kn)
       strip_gemm<kStripRows>(p.M, columns, p.K, x, ldx, p.weight + n, p.ldw, c, kBlock);
     else dot_gemm(p.M, columns, p.K, x, ldx, p.weight + n * p.ldw, p.ldw, c, kBlock);
+    add_low_rank(p.low_rank, 0, p.M, n, columns, c, kBlock);
     finish(p, 0, p.M, n, columns, c, kBlock);
   }
 }
@@ -99,7 +100,9 @@ void packed(const GemmProblem<T>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
           float* out = c + (i - i0) * block_n;
           pack_a(p.x + i * p.ldx + k0, p.ldx, rows, depth, a, lda);
           block_gemm(rows, columns, depth, a, lda, b, out, block_n, kb > 0);
-          if (kb + 1 == k_blocks) finish(p, i, rows, n, columns, out, block_n);
+          if (kb + 1 < k_blocks) continue;
+          add_low_rank(p.low_rank, i, rows, n, columns, out, block_n);
+          finish(p, i, rows, n, columns, out, block_n);
         }
       }
     }

@@ -4,6 +4,7 @@
 
 #include "../../cpu/vmath.h"
 #include "gemm.h"
+#include "low_rank.h"
 
 namespace cgpt::CGPT_TIER {
 namespace {
@@ -43,7 +44,8 @@ struct GemmProblem : GemmEpilogue<T> {
         ldx(a.x.strides[0]),
         weight(a.weight.as<const T>()),
         ldw(a.weight.strides[0]),
-        weight_kn(a.weight_kn) {}
+        weight_kn(a.weight_kn),
+        low_rank(low_rank_of(a.low_rank, 0, N)) {}
 
   int64_t M, N, K;
   const T* x;
@@ -51,6 +53,7 @@ struct GemmProblem : GemmEpilogue<T> {
   const T* weight;
   int64_t ldw;
   bool weight_kn;
+  LowRank low_rank;
 };
 
 template <Activation activation>

@@ -1,5 +1,5 @@
-// y = activation(x W^T + bias) + residual with W packed once: the contract, and the layout of the
-// packed buffer, which is the same for every tier.
+// y = activation(x W^T + scale u v^T + bias) + residual with W packed once: the contract, and the
+// layout of the packed buffer, which is the same for every tier.
 //
 // W [N, K] lies in panels of 32 columns (rows of W), one after the other, zero padded:
 //
@@ -78,6 +78,7 @@ struct PackedGemmArgs {
   // Columns to compute, in panels: all of them, or a part, for callers that are a thread of a team.
   int64_t first_panel = 0;
   int64_t panels = -1;
+  LowRankTerm low_rank{};
 };
 
 struct PackWeightArgs {
@@ -143,6 +144,7 @@ inline void packed_gemm_check(const PackedGemmArgs& a) {
   const int64_t panels = a.panels < 0 ? panel_count(N) - a.first_panel : a.panels;
   c.require(a.first_panel >= 0 && panels >= 0 && a.first_panel + panels <= panel_count(N),
             "panels must lie in the weight's " + std::to_string(panel_count(N)));
+  low_rank_check(c, a.low_rank, M, N, a.x.dtype);
 }
 
 inline void dense_weight_check(const Checker& c, const char* name, const TensorView& t, int64_t N,

@@ -1,4 +1,4 @@
-// y = activation(x W^T + bias) + residual on CPU, W packed (packed.h).
+// y = activation(x W^T + scale u v^T + bias) + residual on CPU, W packed (packed.h).
 //
 // Few rows of x: each thread walks its own contiguous range of panels once, as one stream, with the
 // prepared rows in L1: 2 M N K FLOPs over the packed bytes, bound by memory bandwidth.
@@ -35,13 +35,16 @@ struct Problem : GemmEpilogue<T, Y> {
         ldx(a.x.strides[0]),
         weight(a.weight),
         first_panel(a.first_panel),
-        panels(a.panels < 0 ? panel_count(a.weight.N) - a.first_panel : a.panels) {}
+        panels(a.panels < 0 ? panel_count(a.weight.N) - a.first_panel : a.panels),
+        low_rank(low_rank_of(a.low_rank, first_panel * kPanelColumns,
+                             smaller((first_panel + panels) * kPanelColumns, a.weight.N))) {}
 
   int64_t M;
   const T* x;
   int64_t ldx;
   PackedWeight weight;
   int64_t first_panel, panels;
+  LowRank low_rank;
 };
 
 // Rows i0 .. i1 (from `rows`, prepared, row `base` first) times panels p0 .. p1.
@@ -62,6 +65,7 @@ void multiply_part(const Kernel& kernel, const Problem<T, Y>& p, const char* row
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = i0 + (i1 - i0) * t / tiles, next = i0 + (i1 - i0) * (t + 1) / tiles;
       kernel.multiply(next - i, rows + (i - base) * kernel.row_bytes(), count, b, c, ldc);
+      add_low_rank(p.low_rank, i, next - i, n0, columns, c, ldc);
       finish(p, i, next - i, n0, columns, c, ldc);
     }
   }
