@@ -3,7 +3,11 @@ instruction-set tier. No torch is needed; CUDA sources join when nvcc is found.
 
 Environment:
   CGPT_CUDA=auto|on|off    build CUDA sources if nvcc is found (default) | require nvcc | never
-  CGPT_CUDA_ARCHS          real architectures, default "80;90"; PTX of the last one is always kept
+  CGPT_CUDA=host|host_asan build, instead of _C, the test-only module of that name: CUDA sources
+                           compiled by g++ (csrc/cuda/device.cuh); host finds races, host_asan has
+                           the address and undefined-behaviour sanitizers
+  CGPT_CUDA_ARCHS          real architectures, default "80;90a"; PTX of the first one, which later
+                           processors compile for themselves, is always kept
   CGPT_DEBUG=1             -O1 -g and address checks of the standard library
   MAX_JOBS                 parallel compile jobs, default one per core
 """
@@ -43,18 +47,36 @@ TIERS = {  # name: (level, flags); CMakeLists.txt has the same table, tests/test
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": TIERS["scalar"]}
 
+# Test-only modules of the CUDA sources compiled by g++, by the value of CGPT_CUDA: name, flags of
+# the kernels, flags of everything. The thread sanitizer's instrumentation is used, not its library:
+# csrc/cuda/shadow.cpp defines what it calls. They run where they were built, hence native.
+HOST_MODULES = {
+    "host": ("_cuda_host", "-fsanitize=thread --param=tsan-instrument-func-entry-exit=0", ""),
+    "host_asan": (
+        "_cuda_host_asan",
+        "",
+        "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g",
+    ),
+}
+
 
 def sources(pattern):
     """Sources of the module by suffix, relative to the project, sorted."""
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(pattern))
 
 
+def cuda_wanted():
+    """CGPT_CUDA, checked."""
+    want, known = os.environ.get("CGPT_CUDA", "auto"), ("auto", "on", "off", *HOST_MODULES)
+    if want not in known:
+        raise SystemExit(f"CGPT_CUDA must be {', '.join(known[:-1])} or {known[-1]}, got {want!r}")
+    return want
+
+
 def find_nvcc():
     """Path of nvcc as CGPT_CUDA asks for it, or None."""
-    want = os.environ.get("CGPT_CUDA", "auto")
-    if want not in ("auto", "on", "off"):
-        raise SystemExit(f"CGPT_CUDA must be auto, on or off, got {want!r}")
-    if want == "off":
+    want = cuda_wanted()
+    if want == "off" or want in HOST_MODULES:
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
@@ -79,14 +101,17 @@ class NinjaBuild(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         # One folder for pip's isolated build and for `build_ext --inplace`: the second compiles
         # only the binding again, whose include paths differ.
-        build = ROOT / "build" / "ninja"
+        want = cuda_wanted()
+        host = HOST_MODULES.get(want)
+        build = ROOT / "build" / (f"ninja_{want}" if host else "ninja")
         build.mkdir(parents=True, exist_ok=True)
         includes = [
             pybind11.get_include(),
             tvm_ffi.libinfo.find_dlpack_include_path(),
             sysconfig.get_paths()["include"],
         ]
-        (build / "build.ninja").write_text(ninja_text(out, includes, find_nvcc()))
+        text = host_text(out, includes, *host) if host else ninja_text(out, includes, find_nvcc())
+        (build / "build.ninja").write_text(text)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         command = [ninja, "-C", str(build), "-j", jobs]
@@ -122,16 +147,15 @@ def ninja_text(out, includes, nvcc):
 
     for source in [*sources("cpu/*.cpp"), *sources("gpt/*.cpp"), *sources("wafer/*.cpp")]:
         add("cxx", source)
-    for source in sources("python/*.cpp"):
-        add("cxx", source, flags=binding)
+    add("cxx", "csrc/python/module.cpp", flags=binding)
     for source in sources("ops/*/*_cpu.cpp"):
         for tier, (level, flags) in TIERS.items():
             defines = f"-DCGPT_TIER={tier} -DCGPT_TIER_LEVEL={level}"
             add("cxx", source, f".{tier}", " ".join([defines, *TIER_FLAGS, *flags]))
     if nvcc:
-        archs = os.environ.get("CGPT_CUDA_ARCHS", "80;90").split(";")
-        codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
-        codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        first, *others = os.environ.get("CGPT_CUDA_ARCHS", "80;90a").split(";")
+        codes = [f"-gencode arch=compute_{first},code=[sm_{first},compute_{first}]"]
+        codes += [f"-gencode arch=compute_{a},code=sm_{a}" for a in others]
         lines += [
             "rule nvcc",
             f"  command = {nvcc} -MMD -MF $out.d -ccbin {cxx} -std=c++20 -O3 -DNDEBUG -DCGPT_CUDA"
@@ -155,8 +179,40 @@ def ninja_text(out, includes, nvcc):
     return "\n".join(lines) + "\n"
 
 
+def host_text(out, includes, name, kernel_flags, flags):
+    """The build.ninja of a module of HOST_MODULES."""
+    cxx = os.environ.get("CXX", "g++")
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else ""
+    everything = f"-O2 {native} {flags} -DCGPT_CUDA_HOST={name}"
+    binding = " ".join(f"-isystem {i}" for i in includes)
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d {' '.join(BASELINE)} {everything} $flags"
+        " -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = CXX $out",
+        "rule link",
+        f"  command = {cxx} -shared {flags} -o $out $in",
+        "  description = LINK $out",
+    ]
+    objects = []
+    for pattern, own in (
+        ("cuda/*.cpp", ""),
+        ("python/cuda_host.cpp", binding),
+        ("ops/*/*_cuda.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
+    ):
+        for source in sources(pattern):
+            objects.append(source.replace("/", ".") + ".o")
+            lines += [f"build {objects[-1]}: cxx {ROOT / source}", f"  flags = {own}"]
+    lines += [f"build {out}: link {' '.join(objects)}", f"default {out}"]
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
+    module, *_ = HOST_MODULES.get(cuda_wanted(), ("_C",))
     setup(
-        ext_modules=[Extension("cgpt_kernels._C", sources=[])],
+        ext_modules=[Extension(f"cgpt_kernels.{module}", sources=[])],
         cmdclass={"build_ext": NinjaBuild},
     )

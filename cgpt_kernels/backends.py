@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,15 @@ except ImportError as error:  # the reason is kept and told by resolve and expla
     )
 else:
     _C_REASON = None
+
+# Set, the CUDA kernels run on CPU tensors through the host implementation, for tests: "1" for the
+# module that CGPT_CUDA=host builds, "asan" for the one with sanitizers. Read once.
+_HOST = os.environ.get("CGPT_CUDA_HOST")
+_CUDA_HOST = None
+if _HOST:
+    _CUDA_HOST = importlib.import_module(
+        "cgpt_kernels._cuda_host" + ("" if _HOST == "1" else f"_{_HOST}")
+    )
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,12 +114,13 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
     folder, kernel = OPS[op].folder, OPS[op].kernel
     if backend in ("cpu", "cuda"):
         name = kernel if backend == "cpu" else f"{kernel}_cuda"
-        if _C is None:
+        module = _C if backend == "cpu" else cuda_kernels()
+        if module is None:
             return None, _C_REASON
-        found = getattr(_C, name, None)
+        found = getattr(module, name, None)
         if found is not None:
             return found, None
-        if backend == "cuda" and not _C.cuda_built():
+        if module is _C and backend == "cuda" and not _C.cuda_built():
             return None, "this build has no CUDA code (nvcc was not found or CGPT_CUDA=off)"
         suffix = "cpp" if backend == "cpu" else "cu"
         return None, f"no file csrc/ops/{folder}/{folder}_{backend}.{suffix} in this build"
@@ -131,9 +142,17 @@ def own(op: str, backend: str, name: str) -> Callable | None:
     """A function that a backend's Python file may offer beside its forward, such as the backward;
     None where it does not, and the op's plain torch operations serve."""
     forward, _ = implementation(op, backend)
-    if forward is None or backend in ("cpu", "cuda"):
+    if forward is None or backend == "cpu":
         return None
-    return getattr(importlib.import_module(forward.__module__), name, None)
+    module = f"cgpt_kernels.ops.{OPS[op].folder}.{OPS[op].folder}_{backend}"
+    if importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), name, None)
+
+
+def cuda_kernels():
+    """The module whose functions `<kernel>_cuda` the files ops/<op>/<op>_cuda.py call."""
+    return _CUDA_HOST or _C
 
 
 def runnable(op: str, device: str) -> list[str]:
@@ -147,6 +166,8 @@ def runnable(op: str, device: str) -> list[str]:
 
 def _devices(backend: str) -> tuple[str, ...]:
     devices = BACKENDS[backend].devices
+    if backend == "cuda" and _CUDA_HOST:
+        return ("cpu",)
     return (*devices, "cpu") if backend == "triton" and _interpreted() else devices
 
 

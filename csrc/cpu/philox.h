@@ -1,12 +1,10 @@
-// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
-// 2011, section 3.3): the random words of dropout, a function of (seed, element index) alone.
+// Philox 4x32-10 in vectors: the words of csrc/common/philox.h, many blocks at once.
 //
-// Element e takes word e & 3 of the block whose counter is (e >> 2 low, e >> 2 high, 0, 0) under
-// the key (seed low, seed high). A vector holds one counter word of kLanes / 2 blocks in the low
-// halves of 64-bit lanes, where the 32 x 32 -> 64 bit multiplication wants them; the high halves
-// may hold anything until the end.
+// A vector holds one counter word of kLanes / 2 blocks in the low halves of 64-bit lanes, where the
+// 32 x 32 -> 64 bit multiplication wants them; the high halves may hold anything until the end.
 #pragma once
 
+#include "../common/philox.h"
 #include "simd.h"
 
 namespace cgpt::CGPT_TIER {
@@ -38,14 +36,15 @@ CGPT_INLINE void philox_words(uint64_t seed, uint64_t block, uint32_t* dst) {
     c0[k] = block + static_cast<uint64_t>(k / 2 + (k % 2) * (kPhiloxBlocks / 2));
   VecU64 c1 = c0 >> 32, c2{}, c3{};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const VecU64 p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
+  for (int round = 0; round < philox::kRounds; ++round) {
+    const VecU64 p0 = multiply_low(c0, philox::kMultiply0),
+                 p1 = multiply_low(c2, philox::kMultiply1);
     c0 = (p1 >> 32) ^ c1 ^ (VecU64{} + k0);
     c2 = (p0 >> 32) ^ c3 ^ (VecU64{} + k1);
     c1 = p1;
     c3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += philox::kWeyl0;
+    k1 += philox::kWeyl1;
   }
   const VecU64 low = VecU64{} + 0xffffffffu;
   const VecU64 w01 = (c0 & low) | (c1 << 32), w23 = (c2 & low) | (c3 << 32);

@@ -7,29 +7,20 @@
 namespace cgpt::python {
 namespace {
 
-template <Device device>
 void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor y, Tensor sum,
                     Tensor mean, Tensor rstd, float eps) {
   const LayerNormArgs args{
       rows_of(x), rows_of(residual), weight, bias, rows_of(y), rows_of(sum), mean, rstd, eps};
-  const Checker c{"layer_norm", device};
+  const Checker c{"layer_norm"};
   c.require(!residual || same_leading(x, residual, 1, 1),
             [&] { return "residual must have the shape of x, got " + shape_text(residual); });
-  layer_norm_check(args, device);
+  layer_norm_check(args);
   const ReleaseGil release(args.x.numel());
-#ifdef CGPT_CUDA
-  if constexpr (device == Device::cuda) return layer_norm_fwd_cuda(args);
-#endif
   layer_norm_fwd_cpu(args);
 }
 
 }  // namespace
 
-inline void bind_layer_norm(py::module_& m) {
-  m.def("layer_norm_fwd", &layer_norm_fwd<Device::cpu>);
-#ifdef CGPT_CUDA
-  m.def("layer_norm_fwd_cuda", &layer_norm_fwd<Device::cuda>);
-#endif
-}
+inline void bind_layer_norm(py::module_& m) { m.def("layer_norm_fwd", &layer_norm_fwd); }
 
 }  // namespace cgpt::python

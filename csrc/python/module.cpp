@@ -9,6 +9,9 @@
 #include "bind_gemm.h"
 #include "bind_layer_norm.h"
 #include "bind_wafer.h"
+#ifdef CGPT_CUDA
+  #include "cuda_kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -42,4 +45,7 @@ PYBIND11_MODULE(_C, m) {
   cgpt::python::bind_decoder(m);
   cgpt::python::bind_layer_norm(m);
   cgpt::python::bind_wafer(m);
+#ifdef CGPT_CUDA
+  cgpt::python::bind_cuda(m);
+#endif
 }

@@ -74,7 +74,4 @@ inline void attention_check(const AttentionArgs& a, Device device = Device::cpu)
 
 namespace cgpt {
 CGPT_CPU_ENTRY(attention_fwd, AttentionArgs)
-#ifdef CGPT_CUDA
-void attention_fwd_cuda(const AttentionArgs& args);
-#endif
 }  // namespace cgpt

@@ -69,7 +69,5 @@ inline void layer_norm_check(const LayerNormArgs& a, Device device = Device::cpu
 
 namespace cgpt {
 CGPT_CPU_ENTRY(layer_norm_fwd, LayerNormArgs)
-#ifdef CGPT_CUDA
-void layer_norm_fwd_cuda(const LayerNormArgs& args);
-#endif
+void layer_norm_fwd_cuda(const LayerNormArgs& args);  // where CUDA sources are built
 }  // namespace cgpt

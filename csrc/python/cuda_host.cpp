@@ -1,0 +1,7 @@
+// The test-only module _cuda_host: the CUDA kernels compiled by g++, on CPU tensors.
+#include "cuda_kernels.h"
+
+PYBIND11_MODULE(CGPT_CUDA_HOST, m) {
+  m.doc() = "CUDA kernels of cgpt_kernels on the host implementation, for tests.";
+  cgpt::python::bind_cuda(m);
+}

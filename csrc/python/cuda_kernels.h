@@ -1,0 +1,10 @@
+// The list of the lists: every op that has CUDA kernels.
+#pragma once
+
+#include "cuda_layer_norm.h"
+
+namespace cgpt::python {
+
+inline void bind_cuda(py::module_& m) { bind_cuda_layer_norm(m); }
+
+}  // namespace cgpt::python
