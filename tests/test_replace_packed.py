@@ -11,7 +11,6 @@ from torch import nn
 
 import cgpt_kernels as ck
 from cgpt_kernels.assets import TINY
-from cgpt_kernels.assets.train_tiny import encode
 from cgpt_kernels.ops.gemm import pack_weight
 from cgpt_kernels.replace import packing
 from tests import small_gpt2
@@ -259,10 +258,10 @@ def test_perplexity_changes_little(quantize, allowed, dtype):
     """On text that every Python has and the model was not trained on."""
     from tokenizers import Tokenizer
 
-    from cgpt_kernels.quantize import held_out_text, measure
+    from cgpt_kernels.quantize import encode, held_out_text, measure
 
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    tokens = encode(tokenizer, held_out_text())
+    tokens = encode(TINY, tokenizer, held_out_text())
     model = ck.GPT.from_pretrained(TINY, dtype=dtype)
     report = measure(model, quantize, tokens)
     assert report.tokens > 10_000

@@ -1,19 +1,21 @@
-"""The shipped checkpoint: it loads everywhere, is as good as it says, and its training resumes."""
+"""The shipped checkpoint: it loads everywhere, is as good as it says, and its training goes on."""
 
 import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 import cgpt_kernels as ck
+from cgpt_kernels import quantize
 from cgpt_kernels.assets import TINY, train_tiny
+from cgpt_kernels.train import data, loss_of
 
 FACTS = json.loads((TINY / "training.json").read_text())
 
@@ -47,7 +49,7 @@ def test_transformers_loads_model_and_tokenizer(model, tokenizer):
     ids = tokenizer.encode(text).ids
     assert hf_tokenizer(text).input_ids == ids
     assert hf_tokenizer.decode(ids) == tokenizer.decode(ids) == text
-    assert hf_tokenizer.eos_token_id == 0 == tokenizer.token_to_id(train_tiny.END_OF_TEXT)
+    assert hf_tokenizer.eos_token_id == 0 == tokenizer.token_to_id(data.END_OF_TEXT)
     ids = torch.tensor([ids])
     with torch.no_grad():
         torch.testing.assert_close(hf(ids).logits, model(ids), rtol=0, atol=1e-4)
@@ -62,7 +64,7 @@ def test_held_out_loss_is_as_stated(model, tokenizer):
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         if hashlib.sha256(text.encode()).hexdigest() != sample["sha256"]:
             continue  # another Python version's file
-        loss = train_tiny.loss_of(model, train_tiny.encode(tokenizer, [text]))
+        loss = loss_of(model, quantize.encode(TINY, tokenizer, [text]))
         assert loss == pytest.approx(sample["loss"], abs=2e-3)
         compared += 1
     if not compared:
@@ -85,8 +87,8 @@ class Stack:
             raise IndexError("pop from an empty stack")
         return self.items.pop()
 '''
-    stream = train_tiny.encode(tokenizer, [text])
-    assert train_tiny.loss_of(model, stream) < FACTS["held_out_loss"] + 0.5
+    stream = quantize.encode(TINY, tokenizer, [text])
+    assert loss_of(model, stream) < FACTS["held_out_loss"] + 0.5
     assert FACTS["held_out_loss"] + 0.5 < math.log(train_tiny.CONFIG.vocab_size) - 2
 
 
@@ -109,70 +111,34 @@ def test_readme_states_the_measured_numbers():
     assert (TINY / "README.md").read_text(encoding="utf-8") == train_tiny.readme(FACTS)
 
 
-DOCUMENTS = [(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 20) for i in range(24)]
-
-
-def small_training(folder, monkeypatch, interrupt_at=None, steps=4):
-    """A few steps on 24 small documents; interrupt_at: the step that meets a Ctrl-C."""
-    config = dataclasses.replace(train_tiny.CONFIG, vocab_size=301, n_embd=32, n_layer=1, n_head=1)
-    batch = train_tiny.batch
-
-    def interrupted(stream, step, length):
-        if step == interrupt_at:
-            raise KeyboardInterrupt
-        return batch(stream, step, length)
-
-    monkeypatch.setattr(train_tiny, "CONFIG", config)
-    monkeypatch.setattr(train_tiny, "documents", lambda: (DOCUMENTS[:20], DOCUMENTS[20:]))
-    monkeypatch.setattr(train_tiny, "batch", interrupted)
-    arguments = [
-        "--steps",
-        str(steps),
-        "--out",
-        str(folder / "out"),
-        "--work",
-        str(folder / "work"),
-    ]
-    try:
+def test_training_goes_on_from_the_shipped_weights_and_measures_what_it_writes(
+    tmp_path, monkeypatch
+):
+    shipped, out = tmp_path / "shipped", tmp_path / "out"
+    shutil.copytree(TINY, shipped)
+    config = dataclasses.replace(train_tiny.CONFIG, n_positions=32, n_embd=32, n_layer=1, n_head=1)
+    torch.manual_seed(0)
+    ck.GPT(config).save_pretrained(shipped)
+    texts = [(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 20) for i in range(24)]
+    held_out = {d.name for d in data.split([data.Document(n, None) for n, _ in texts], 0.3)[1]}
+    documents = [p for p in texts if p[0] not in held_out], [p for p in texts if p[0] in held_out]
+    monkeypatch.setattr(train_tiny, "TINY", shipped)
+    monkeypatch.setattr(train_tiny, "CONTEXT", 32)
+    monkeypatch.setattr(train_tiny, "HELD_OUT", 0.3)
+    monkeypatch.setattr(train_tiny, "documents", lambda: documents)
+    arguments = ["--steps", "30", "--out", str(out), "--work", str(tmp_path / "work")]
+    train_tiny.main(arguments)
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["held_out_documents"] == len(held_out) > 3
+    assert facts["runs"][:-1] == FACTS["runs"] and facts["runs"][-1]["steps"] == 30
+    trained = ck.GPT.from_pretrained(out, dtype=torch.float32)
+    assert ck.GPT.from_pretrained(out).lm_head.weight.dtype == torch.bfloat16
+    ids = quantize.encode(out, data.read_tokenizer(out), [text for _, text in documents[1]])
+    assert loss_of(trained, ids) == pytest.approx(facts["held_out_loss"], abs=1e-3)
+    before = loss_of(ck.GPT.from_pretrained(shipped, dtype=torch.float32), ids)
+    assert facts["held_out_loss"] < before - 0.1
+    assert (out / "README.md").read_text(encoding="utf-8") == train_tiny.readme(facts)
+    with pytest.raises(ValueError, match="--resume"):
         train_tiny.main(arguments)
-    finally:
-        monkeypatch.undo()
-    return ck.GPT.from_pretrained(folder / "out").state_dict()
-
-
-def test_interrupted_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    whole = small_training(tmp_path / "a", monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        small_training(tmp_path / "b", monkeypatch, interrupt_at=2)
-    assert json.loads((tmp_path / "b" / "out" / "training.json").read_text())["steps"] == 2
-    resumed = small_training(tmp_path / "b", monkeypatch)
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-
-
-def test_changed_number_of_steps_is_stated_in_the_model_card(tmp_path, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        small_training(tmp_path, monkeypatch, interrupt_at=2)
-    small_training(tmp_path, monkeypatch, steps=3)
-    facts = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert facts["steps"] == 3 and facts["plans"] == [[0, 4], [2, 3]]
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "--steps 4    # from step 0" in card and "--steps 3    # from step 2" in card
-
-
-def test_windows_are_visited_once_per_epoch():
-    stream = np.arange(train_tiny.CONTEXT * 9 + 5, dtype=np.uint16)
-    rows = []
-    for step in range(2):
-        x, y = train_tiny.batch(stream, step, train_tiny.CONTEXT)
-        assert torch.equal(y, x + 1)
-        rows += x[:, 0].tolist()
-    assert len(set(rows)) == 8 == 2 * train_tiny.WINDOWS_PER_STEP
-    short, _ = train_tiny.batch(stream, 0, train_tiny.CONTEXT // 2)
-    whole, _ = train_tiny.batch(stream, 0, train_tiny.CONTEXT)
-    assert torch.equal(short.reshape(whole.shape), whole)
-
-
-def test_learning_rate_rises_holds_and_falls_to_zero():
-    rates = [train_tiny.learning_rate(step, 1000) for step in range(1001)]
-    assert rates[0] < rates[29] == rates[500] == train_tiny.PEAK_LR
-    assert rates[500] > rates[850] > rates[999] > rates[1000] == 0
+    train_tiny.main([*arguments, "--resume"])  # finished: it is measured again, nothing more
+    assert json.loads((out / "training.json").read_text()) == facts

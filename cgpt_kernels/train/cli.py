@@ -69,7 +69,7 @@ def train_command(
         str, _option("auto, or cpu; eager trains the model without this project's ops.")
     ] = "auto",
     threads: Annotated[
-        int | None, _option("CPU threads; a resumed run needs the same for the same bits.", min=1)
+        int | None, _option("CPU threads; another number costs the last bits.", min=1)
     ] = None,
     seed: Annotated[int, _option("Of weights, order and dropout.", min=0)] = 0,
     held_out: Annotated[
@@ -107,7 +107,6 @@ def train_command(
     checkpoint, and --resume then gives the weights that a run left alone gives, bit for bit.
     OUT/best and OUT/last are checkpoints in Hugging Face format.
     """
-    from .. import timing
     from . import Settings, loop
 
     given = {
@@ -139,6 +138,7 @@ def train_command(
         "clip": clip,
         "dtype": dtype.value,
         "backend": backend,
+        "threads": threads,
         "seed": seed,
         "held_out": tuple(held_out or ()),
         "held_out_share": held_out_share,
@@ -158,8 +158,7 @@ def train_command(
         if not data:
             raise ValueError("train: name text to train on: files, folders or patterns")
         settings = Settings(**told)
-    with timing.threads(threads):
-        result = loop.run(settings, resume=resume, console=_console())
+    result = loop.run(settings, resume=resume, console=_console())
     measured = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
     if not result.finished:
         typer.echo(
@@ -169,6 +168,40 @@ def train_command(
         )
         raise typer.Exit(130)
     typer.echo(f"{result.folder}{measured}")
+
+
+@app.command("mup-check", short_help="Does muP hold here? A width sweep and a coordinate check.")
+def mup_check_command(
+    out: Annotated[Path, _option("Written as OUT.json and OUT.png.")] = Path("mup-check"),
+    widths: Annotated[str, _option("Multiples of 4.")] = "32,64,128,256",
+    steps: Annotated[int, _option("Of each run of the sweep.", min=10)] = 120,
+    threads: Annotated[int | None, _option("CPU threads.", min=1)] = None,
+) -> None:
+    """Whether the best learning rate stays put when models get wider: with muP, and without.
+
+    \b
+    cgpt-kernels mup-check --out mup         minutes: 4 widths, 8 learning rates, both ways
+    cgpt-kernels mup-check --widths 32,64 --steps 60
+
+    Two-layer models on text of a Markov chain. The coordinate check beside it shows the sizes of
+    the layers' outputs after a few steps: independent of the width under muP, growing without.
+    """
+    from .. import timing
+    from . import mup_check
+
+    try:
+        sizes = [int(width) for width in widths.split(",")]
+    except ValueError:
+        raise ValueError(f"mup-check: --widths must be like 32,64,128, got {widths!r}") from None
+    if len(set(sizes)) < 2 or any(size < 4 or size % 4 for size in sizes):
+        raise ValueError(f"mup-check: --widths must be two or more multiples of 4, got {widths!r}")
+    mup_check.check_matplotlib()
+    console = _console()
+    with timing.threads(threads):
+        found = mup_check.sweep(sorted(set(sizes)), steps=steps, told=console.print)
+        found["coordinates"] = mup_check.coordinate_check(sorted(set(sizes)))
+    mup_check.write(found, out)
+    typer.echo(f"{out.with_suffix('.json')}, {out.with_suffix('.png')}")
 
 
 def _console():

@@ -167,7 +167,9 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def prepare(
-    settings: Settings, vocab_size: int | None, told: Callable[[str], object] = lambda text: None
+    settings: Settings,
+    vocab_size: int | None = None,
+    told: Callable[[str], object] = lambda text: None,
 ) -> Tokens:
     """The run's token streams: those in its folder, or made from its data and put there whole.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import timing
 from ..gpt import GPT, GPTConfig
 from ..replace import replace
 from . import data, files, progress, state
@@ -22,6 +23,9 @@ from .evaluate import fused_loss, loss_of
 from .order import Mixture, Windows
 from .settings import Plan, Settings, new_config, plan
 
+# Settings that a resumed run may have anew: they say where and what is told, not what is computed.
+# (Threads are among them because machines differ; a different number costs the last bits.)
+CHANGEABLE = ("out", "threads", "keep", "log_every", "tensorboard")
 _ADAM_EPS = 1e-8
 _SEED_STRIDE = 1_000_003  # a prime: runs whose seeds are neighbours share no step's seed
 
@@ -46,7 +50,7 @@ def run(settings: Settings, *, resume: bool = False, console=None) -> Result:
     """Train as the settings say, until the last step or an interrupt (Ctrl-C, SIGTERM).
 
     resume: go on from the last whole checkpoint in settings.out, or begin where there is none;
-        the settings must be the run's own.
+        the settings must be the run's own, but for those that CHANGEABLE names.
     console: a rich.console.Console to tell progress to; None: silence.
 
     Raises ValueError for settings, data or a folder that cannot be trained with, OSError where a
@@ -57,10 +61,11 @@ def run(settings: Settings, *, resume: bool = False, console=None) -> Result:
     out = Path(settings.out)
     _check_folder(out, settings, resume)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with _alone(out), timing.threads(settings.threads):
         files.sweep(out)
         if (out / "run.json").is_file():
             prepared = _Run(settings, console)
+            files.write(out / "run.json", settings.to_json())
         else:
             files.write(out / "run.json", settings.to_json())
             try:
@@ -95,8 +100,10 @@ def _check_folder(out: Path, settings: Settings, resume: bool) -> None:
         return
     if not resume:
         raise ValueError(f"train: {out} holds a run; go on with --resume, or name another folder")
-    changed = [  # but a run may be moved
-        n for n, value in vars(settings).items() if n != "out" and value != getattr(before, n)
+    changed = [
+        name
+        for name, value in vars(settings).items()
+        if name not in CHANGEABLE and value != getattr(before, name)
     ]
     if changed:
         raise ValueError(
@@ -194,7 +201,9 @@ class _Run:
         )
         if about["skipped"]:
             names = about["skipped"]
-            bar.tell(f"left out, as they are no UTF-8 text: {len(names)} ({names[0]} first)")
+            bar.tell(
+                f"left out, as they are empty or no UTF-8 text: {len(names)} ({names[0]} first)"
+            )
         if self.held_out["held_out_loss"] is None:
             bar.tell("nothing is held out: the text is too short, and the best is not known")
         if self.step:

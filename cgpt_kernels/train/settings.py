@@ -50,6 +50,7 @@ class Settings:
     final_lr: share of the peak that is left at the last step.
     dtype: "bf16" computes in bf16; weights, moments and sums of gradients are fp32 all the same.
     backend: as in `replace`; "eager" trains the model as it is.
+    threads: of the CPU, torch's own number; the last bits of the weights depend on it.
     held_out_share: of the documents, chosen by their names' hashes, or the end of the text where
         there are few.
     save_every, held_out_every: steps; a twentieth of the run; default of the second: the first.
@@ -79,6 +80,7 @@ class Settings:
     clip: float = 1.0
     dtype: str = "fp32"
     backend: str = "auto"
+    threads: int | None = None
     seed: int = 0
     held_out: tuple[str, ...] = ()
     held_out_share: float = 0.01
@@ -136,7 +138,15 @@ class Settings:
 
 
 _COUNTS = ("width", "layers", "heads", "context", "vocab_size", "steps", "tokens", "batch")
-_COUNTS += ("accumulate", "held_out_tokens", "held_out_every", "save_every", "keep", "log_every")
+_COUNTS += (
+    "accumulate",
+    "threads",
+    "held_out_tokens",
+    "held_out_every",
+    "save_every",
+    "keep",
+    "log_every",
+)
 _RANGES = (("final_lr", 0, 1), ("beta2", 0, 0.9999), ("replay_share", 0, 1))
 _RANGES += (("held_out_share", 0, 0.5), ("weight_decay", 0, 1), ("clip", 1e-6, 1e6))
 
