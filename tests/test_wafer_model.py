@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,13 +15,14 @@ from cgpt_kernels.wafer import (
     WSE2,
     WSE3,
     Block,
+    engine,
     estimate,
     longest_decode,
     phases,
     validate,
 )
 from cgpt_kernels.wafer.model import MODES, PARALLEL, decode_phases
-from cgpt_kernels.wafer.phases import allreduce, local
+from cgpt_kernels.wafer.phases import allreduce, local, shift
 
 SMALL = ck.GPTConfig.from_name("cerebras-gpt-111m")
 
@@ -34,6 +36,7 @@ SMALL = ck.GPTConfig.from_name("cerebras-gpt-111m")
             st.builds(local, st.just("work"), st.integers(0, 300)),
             st.builds(allreduce, st.just("x"), st.just("x"), st.integers(1, 20)),
             st.builds(allreduce, st.just("y"), st.just("y"), st.integers(1, 20)),
+            st.builds(shift, st.just("shift"), st.sampled_from("xy"), st.integers(1, 20)),
         ),
         min_size=1,
         max_size=8,
@@ -45,6 +48,16 @@ def test_phase_engine_is_the_cycle_engine_within_one_percent(rows, columns, step
     found, by_name = phases.cycles(spec, rows, columns, tuple(steps))
     assert found == pytest.approx(whole, rel=0.01, abs=2)
     assert found == pytest.approx(sum(by_name.values()), abs=2)
+
+
+@pytest.mark.parametrize("P", [2, 3, 9])
+def test_a_shift_passes_every_cores_words_one_core_up(P):
+    program = phases.build(WSE2, P, 3, (shift("cache", "y", 4),), None)
+    program.memory = np.random.default_rng(P).random((P, 3, program.words), np.float32)
+    done = engine.run(program)
+    np.testing.assert_array_equal(done.memory[:-1, :, 4:8], program.memory[1:, :, :4])
+    np.testing.assert_array_equal(done.memory[:, :, :4], program.memory[:, :, :4])
+    assert done.cycles < 4 + 30  # all at once: not one core after the other
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (12, 12), (16, 9)], ids=str)

@@ -12,7 +12,7 @@ import cgpt_kernels as ck
 from cgpt_kernels import backends
 from cgpt_kernels.ops import registry
 from cgpt_kernels.testing import hold_to_rule
-from cgpt_kernels.wafer import WSE2, WSE3, engine, tiles, twin
+from cgpt_kernels.wafer import WSE2, WSE3, engine, tiles, transposed, twin
 from cgpt_kernels.wafer.ops import merged_attention
 from cgpt_kernels.wafer.tiles import ALGORITHMS, Tiles
 
@@ -72,6 +72,48 @@ def test_engine_and_twin_agree_on_products(algorithm):
     slow = engine.run(program, log=20_000, engine=twin.run)
     for what in ("log", "statistics", "phases", "memory"):
         np.testing.assert_array_equal(getattr(fast, what), getattr(slow, what), what)
+
+
+@pytest.mark.parametrize("spec", [WSE2, WSE3], ids=lambda s: s.name)
+@pytest.mark.parametrize("P", [1, 2, 3, 4, 5, 8, 11])
+def test_the_cycle_engine_multiplies_by_a_transposed_matrix_as_it_lies(P, spec):
+    t = Tiles(2, 3, 4)
+    random = np.random.default_rng(P)
+    a = random.integers(-4, 5, (2 * P, 3 * P)).astype(np.float32)
+    b = random.integers(-4, 5, (4 * P, 3 * P)).astype(np.float32)
+    program = transposed.build(spec, P, P, t)
+    transposed.scatter(program, t, a, b)
+    done = engine.run(program)
+    np.testing.assert_array_equal(transposed.gather(done, t), a @ b.T)
+    assert done["macs"].sum() == a.shape[0] * a.shape[1] * b.shape[0]
+    assert (np.sort(transposed.held(P), axis=1) == np.arange(P)).all()
+
+
+def test_engine_and_twin_agree_on_transposed_products():
+    t = Tiles(2, 2, 2)
+    program = transposed.build(WSE3, 3, 3, t)
+    transposed.scatter(program, t, *np.ones((2, 6, 6), np.float32))
+    fast = engine.run(program, log=20_000)
+    slow = engine.run(program, log=20_000, engine=twin.run)
+    for what in ("log", "statistics", "phases", "memory"):
+        np.testing.assert_array_equal(getattr(fast, what), getattr(slow, what), what)
+
+
+@pytest.mark.parametrize("P, side", [(16, 4), (20, 4), (24, 6), (32, 2), (40, 1)])
+def test_the_strip_of_a_transposed_product_is_the_grid(P, side):
+    t = Tiles(side, side, side, 2)
+    whole = engine.run(transposed.build(WSE2, P, P, t)).cycles
+    assert transposed.strip_cycles(WSE2, P, t)[0] == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.parametrize("P", [2, 7, 16, 40])
+def test_transposed_products_are_as_exact_as_the_others(P):
+    a, b = torch.randn(50, 40), torch.randn(60, 40)
+    truth = a.double() @ b.double().t()
+    eager = (a @ b.t()).double().sub(truth).abs().max()
+    y, report = ck.wafer.gemm(a, b, grid=(P, P), transposed_b=True)
+    assert (y.double() - truth).abs().max() <= 2 * eager + 1e-6 * truth.abs().max()
+    assert report.macs == 50 * 40 * 60 and report.fits and 0 < report.utilization < 1
 
 
 @given(P=st.integers(1, 40), algorithm=st.sampled_from(ALGORITHMS))
@@ -195,6 +237,11 @@ def test_the_tiny_model_writes_the_same_text_with_a_report():
     [
         ({"grid": (4, 5)}, r"mesh needs a square grid \(P, P\), got \(4, 5\)"),
         ({"grid": (800, 800)}, r"within WSE-2's usable \(994, 750\) cores"),
+        (
+            {"algorithm": "summa", "transposed_b": True, "b": torch.zeros(20, 40)},
+            "algorithm must be 'mesh'",
+        ),
+        ({"transposed_b": True}, r"b must have shape \(40, 40\) = \(N, K\), got \(40, 20\)"),
         ({"algorithm": "strassen"}, "algorithm must be 'summa', 'cannon' or 'mesh'"),
         ({"b": torch.zeros(3, 4)}, r"b must have shape \(40, 4\) = \(K, N\), got \(3, 4\)"),
         ({"a": torch.zeros(4000, 40)}, r"core \(px 0, py 0\) needs \d+ B for its tiles"),

@@ -69,6 +69,23 @@ def test_the_shifted_cache_stays_balanced_and_in_order(rows, tokens):
             cache.append(-1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_decoding_over_the_shifted_cache_is_attention(rows, dtype):
+    B, H, T, D = 2, 3, 11, 8
+    q, k, v = (torch.randn(B, H, T, D).to(dtype) for _ in range(3))
+    cache = split.ShiftedCache(rows, 4)
+    eager = ck.ops.attention(q, k, v, causal=True, backend="eager").double()
+    truth = ck.ops.attention(q.double(), k.double(), v.double(), causal=True, backend="eager")
+    allowed = 2 * (eager - truth).abs().max() + 1e-6 * truth.abs().max()
+    for token in range(T):
+        if token == 4 * rows:
+            break
+        cache.append((k[:, :, token], v[:, :, token]))
+        found = cache.attention(q[:, :, token]).double()
+        assert (found - truth[:, :, token]).abs().max() <= allowed
+
+
 @pytest.mark.parametrize(
     "spans",
     [[(0, 3)], [(0, 3), (0, 3), (6, 9)], [(0, 3), (3, 6), (3, 6)], [(0, 5), (4, 9)], []],

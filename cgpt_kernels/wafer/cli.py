@@ -102,13 +102,16 @@ def gemm_command(
     grid: _Grid,
     algorithm: Annotated[str, typer.Option(help="summa, cannon, mesh or all.")] = "all",
     dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
+    transposed_b: Annotated[
+        bool, typer.Option("--transposed-b", help="The program for a b^T beside them.")
+    ] = False,
     spec: _Spec = "wse2",
     as_json: _Json = False,
     html: _Html = None,
 ) -> None:
     """Cycles of a product, one algorithm or all side by side."""
     from .. import checks
-    from .ops import gemm_report
+    from .ops import gemm_report, transposed_report
     from .spec import preset
     from .tiles import ALGORITHMS
 
@@ -119,14 +122,17 @@ def gemm_command(
     checks.is_choice("wafer", "--dtype", dtype, ("fp16", "fp32"))
     machine, (rows, columns) = preset(spec), _pair("grid", grid)
     machine.check_grid("wafer", rows, columns)
-    if rows != columns and algorithm != "summa":
+    if rows != columns and (transposed_b or algorithm != "summa"):
         raise ValueError(
-            f"wafer: {algorithm} needs a square grid, got {grid}; --algorithm summa takes any"
+            f"wafer: {'--transposed-b' if transposed_b else algorithm} needs a square grid, "
+            f"got {grid}; --algorithm summa takes any"
         )
     M, K, N = map(int, found.groups())
     itemsize = 2 if dtype == "fp16" else 4
     names = ALGORITHMS if algorithm == "all" else (algorithm,)
     reports = [gemm_report(M, K, N, itemsize, (rows, columns), name, machine) for name in names]
+    if transposed_b:
+        reports.append(transposed_report(M, K, N, itemsize, rows, machine))
     if as_json:
         typer.echo(json.dumps([r.to_dict() for r in reports], indent=1))
     else:

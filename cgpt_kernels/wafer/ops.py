@@ -12,8 +12,6 @@ Letters: P cores per side, M K N of a product, S queries, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,9 +19,10 @@ from torch import Tensor
 from .. import checks
 from ..backends import _C, _C_REASON, KERNEL_DTYPES
 from . import phases as phase_engine
+from . import transposed
 from .collectives import from_run
 from .engine import run
-from .phases import allreduce, local
+from .phases import allreduce, local, shift
 from .report import Report
 from .spec import WSE2, WaferSpec
 from .tiles import (
@@ -80,6 +79,7 @@ def gemm(
     *,
     grid: tuple[int, int],
     algorithm: str = "mesh",
+    transposed_b: bool = False,
     spec: WaferSpec = WSE2,
 ) -> tuple[Tensor, Report]:
     """a b on a grid of cores, padded where it does not divide.
@@ -88,25 +88,32 @@ def gemm(
         a: [M, K], b: [K, N], both fp32, bf16 or fp16.
         grid: (P, P) cores; "summa" takes any (rows, columns).
         algorithm: "summa", "cannon" or "mesh".
+        transposed_b: a b^T with b: [N, K] as it lies, a program of its own (transposed.py) in the
+            manner of "mesh".
     Returns:
         [M, N] in the dtype of a, and the report.
     """
     op = "wafer.gemm"
+    letters = "(N, K)" if transposed_b else "(K, N)"
     _check_matrix(op, "a", a, "(M, K)")
-    _check_matrix(op, "b", b, "(K, N)")
+    _check_matrix(op, "b", b, letters)
     checks.has_dtype(op, "b", b, a.dtype, why=" as a")
-    checks.has_shape(op, "b", b, (a.shape[1], b.shape[1]), "(K, N)")
-    checks.is_choice(op, "algorithm", algorithm, ALGORITHMS)
+    K, N = a.shape[1], b.shape[0 if transposed_b else 1]
+    checks.has_shape(op, "b", b, (N, K) if transposed_b else (K, N), letters)
+    checks.is_choice(op, "algorithm", algorithm, ("mesh",) if transposed_b else ALGORITHMS)
     spec.check_grid(op, *grid)
     if grid[0] != grid[1] and algorithm != "summa":
         raise ValueError(
             f"{op}: {algorithm} needs a square grid (P, P), got {tuple(grid)}; use 'summa'"
         )
-    sizes = (a.shape[0], a.shape[1], b.shape[1])
-    report = gemm_report(*sizes, a.element_size(), tuple(grid), algorithm, spec)
-    check_schedule(algorithm, max(grid))
-    y = a.new_empty(a.shape[0], b.shape[1])
-    _product(a, b, None, None, y, "none", True, grid[1])
+    sizes = (a.shape[0], K, N, a.element_size())
+    if transposed_b:
+        report = transposed_report(*sizes, grid[0], spec)
+    else:
+        report = gemm_report(*sizes, tuple(grid), algorithm, spec)
+        check_schedule(algorithm, max(grid))
+    y = a.new_empty(a.shape[0], N)
+    _product(a, b, None, None, y, "none", not transposed_b, grid[1])
     return y, report
 
 
@@ -155,6 +162,26 @@ def gemm_report(M, K, N, itemsize, grid, algorithm, spec) -> Report:
         per_step = (tiles.a + tiles.b) * (P - 1 if algorithm != "summa" else 1)
         report.words = per_step * rows * columns
         report.notes.append("cycles from a strip of two rows of cores")
+    report.peak_macs_per_cycle = spec.rates["fmach" if itemsize == 2 else "fmacs"]
+    report.peak_sram_bytes = 4 * words + spec.code_bytes + spec.stack_bytes
+    return report
+
+
+def transposed_report(M, K, N, itemsize, P, spec) -> Report:
+    """Cycles of a b^T on P x P cores; simulated core by core where the grid is small."""
+    tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
+    words = transposed.memory(tiles)
+    _fits("wafer.gemm", spec, words)
+    name = f"gemm {M} x {K} x {N}, transposed b"
+    if P <= SIMULATED:
+        report = from_run(name, run(transposed.build(spec, P, P, tiles)))
+    else:
+        total, compute = transposed.strip_cycles(spec, P, tiles)
+        by_name = dict(zip(PHASES, (compute, total - compute), strict=True))
+        report = Report(name, spec, P, P, total, by_name)
+        report.words = ((P - 1) * tiles.b + P * tiles.c) * P * P
+        report.notes.append(f"cycles from a strip of {transposed.STRIP} rows of cores")
+    report.macs = M * K * N
     report.peak_macs_per_cycle = spec.rates["fmach" if itemsize == 2 else "fmacs"]
     report.peak_sram_bytes = 4 * words + spec.code_bytes + spec.stack_bytes
     return report
@@ -284,10 +311,11 @@ def attention(
     scale: float | None = None,
     spec: WaferSpec = WSE2,
 ) -> tuple[Tensor, Report]:
-    """Attention of [B, H, S, D] tensors, keys and values in `parts` over the columns of cores.
+    """Attention of [B, H, S, D] tensors, keys and values in parts over the columns of cores.
 
     Each part gives an output and the log of its sum; parts are merged in fp32 by these logs, as the
-    rows of cores do it. One query is decode: keys lie balanced over the rows of cores.
+    rows of cores do it. One query is decode: the keys lie balanced over the columns, which cost one
+    shift of the cache (every column passes its oldest key and value on) before the scores.
     """
     op = "wafer.attention"
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -347,6 +375,7 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
         d = _share(D, rows)
         words = _share(s * itemsize, 4)
         steps = (
+            shift("cache", "x", 2 * _share(d * itemsize, 4)),
             local("scores", product_cycles(spec, 1, d, s, itemsize)),
             allreduce("scores", "y", words),
             local("softmax", exponentials),
@@ -358,14 +387,14 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
         total, by_name = phase_engine.cycles(spec, rows, columns, steps)
         held = 2 * _share(s * d * itemsize, 4) + words
     else:
-        scores = Tiles(_share(S, P), _share(D, P), _share(keys, P), itemsize)
+        scores = Tiles(_share(S, P), _share(D, P), _share(keys, P), itemsize)  # q k^T
         output = Tiles(_share(S, P), _share(keys, P), _share(D, P), itemsize)
-        held = max(scores.memory("mesh"), output.memory("mesh"))
+        held = max(transposed.memory(scores), output.memory("mesh"))
         _fits("wafer.attention", spec, held)
         lines = _share(S, P)
         reduce = (allreduce("softmax", "x", lines), allreduce("softmax", "x", lines))
         by_name = {
-            "scores": strip_cycles(spec, P, "mesh", scores)[0],
+            "scores": transposed.strip_cycles(spec, P, scores)[0],
             "softmax": exponentials * lines + phase_engine.cycles(spec, 1, P, reduce)[0],
             "output": strip_cycles(spec, P, "mesh", output)[0],
         }
@@ -382,102 +411,4 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
         macs=2 * heads * S * keys * D,
         peak_sram_bytes=4 * held + spec.code_bytes + spec.stack_bytes,
         peak_macs_per_cycle=spec.rates["fmach" if itemsize == 2 else "fmacs"],
-    )
-
-
-# ---- backend="wafer" ----------------------------------------------------------------------------
-
-
-@dataclass
-class Recording:
-    """Reports of the ops that ran on backend "wafer" within `record()`."""
-
-    spec: WaferSpec
-    grid: tuple[int, int]
-    reports: list[Report] = field(default_factory=list)
-
-    def report(self) -> Report:
-        """All ops one after the other, phases named by op."""
-        by_op: dict[str, float] = {}
-        for r in self.reports:
-            kind = r.what.split(" ")[0]
-            by_op[kind] = by_op.get(kind, 0.0) + r.cycles
-        return Report(
-            f"{len(self.reports)} ops",
-            self.spec,
-            *self.grid,
-            sum(r.cycles for r in self.reports),
-            by_op,
-            macs=sum(r.macs for r in self.reports),
-            words=sum(r.words for r in self.reports),
-            hops=sum(r.hops for r in self.reports),
-            peak_sram_bytes=max((r.peak_sram_bytes for r in self.reports), default=0),
-        )
-
-
-_recordings: list[Recording] = []
-SIDE = 32  # of the grid on which backend="wafer" runs outside of `record`
-
-
-@contextmanager
-def record(*, spec: WaferSpec = WSE2, grid: tuple[int, int] = (SIDE, SIDE)):
-    """Collect a report of every op that runs on backend "wafer" within the block."""
-    spec.check_grid("record", *grid)
-    recording = Recording(spec, grid)
-    _recordings.append(recording)
-    try:
-        yield recording
-    finally:
-        _recordings.remove(recording)
-
-
-def _note(make) -> tuple[int, int]:
-    """The grid in force; the report of this op where one is wanted."""
-    if not _recordings:
-        return SIDE, SIDE
-    recording = _recordings[-1]
-    recording.reports.append(make(recording.grid, recording.spec))
-    return recording.grid
-
-
-def gemm_fwd(x, weight, bias, residual, y, activation, weight_kn) -> None:
-    """The kernel of backend "wafer": arguments as `_C.gemm_fwd`'s."""
-    (M, K), N, size = x.shape, y.shape[1], x.element_size()
-
-    def make(grid, spec):
-        if M < min(grid):  # too few rows for tiles
-            return gemv_report(M, K, N, size, grid, "ktree", spec)
-        if grid[0] != grid[1]:
-            return gemm_report(M, K, N, size, grid, "summa", spec)
-        return gemm_report(M, K, N, size, grid, "mesh", spec)
-
-    grid = (SIDE, SIDE) if not y.numel() or not K else _note(make)
-    if not N:
-        return
-    _product(x, weight, bias, residual, y, activation, weight_kn, grid[1])
-
-
-def layer_norm_fwd(x, residual, weight, bias, y, total, mean, rstd, eps) -> None:
-    """Arguments as `_C.layer_norm_fwd`'s."""
-    C = x.shape[-1]
-    flat = [t if t is None or t.ndim <= 2 else t.view(-1, C) for t in (x, residual, y, total)]
-    x, residual, y, total = flat
-    if not x.numel():
-        _kernel("layer_norm_fwd")(x, residual, weight, bias, y, total, mean, rstd, eps)
-        return
-    rows = x.shape[0]
-    grid = _note(lambda grid, spec: layer_norm_report(rows, C, x.element_size(), grid, spec))
-    _norm_rows(x, residual, weight, bias, y, total, mean, rstd, eps, grid[0])
-
-
-def attention_fwd(
-    q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
-) -> None:
-    """Arguments as `_C.attention_fwd`'s; a batch entry occupies the grid after the other."""
-    if q.numel() and k.shape[2]:
-        _note(
-            lambda grid, spec: attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
-        )
-    _kernel("attention_fwd")(
-        q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
     )

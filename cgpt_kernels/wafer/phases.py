@@ -1,11 +1,12 @@
 """The phase engine for programs of local work and collectives along one axis at a time.
 
-A sequence is a list of phases: local work, the same on every core, or an all-reduce of some words
-along x or along y. When core (px, py) has finished its share, it goes on: nobody waits for the
-whole grid. Its finishing time is then f(px) + g(py): a phase along x moves every row alike and
-adds to f only, a phase along y to g only. So one row that runs the phases along x, and one column
-that runs those along y, give the time of the whole grid, exactly where both are simulated:
-cycles = max f + max g. `whole` runs the same phases on all cores for comparison.
+A sequence is a list of phases: local work, the same on every core, an all-reduce of some words
+along x or along y, or a shift: every core passes words to its neighbour towards position 0. When
+core (px, py) has finished its share, it goes on: nobody waits for the whole grid. Its finishing
+time is then f(px) + g(py): a phase along x moves every row alike and adds to f only, a phase along
+y to g only. So one row that runs the phases along x, and one column that runs those along y, give
+the time of the whole grid, exactly where both are simulated: cycles = max f + max g. `whole` runs
+the same phases on all cores for comparison.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from dataclasses import dataclass
 
 from .collectives import Flood, Reduce
 from .engine import Run, run
-from .program import Code, Program
+from .program import Code, Program, at
 from .spec import WaferSpec
 from .wires import Wires
 
 
 @dataclass(frozen=True)
 class Phase:
-    """axis None: `cycles` of local work; "x" or "y": all-reduce of `words` along that axis."""
+    """axis None: `cycles` of local work; "x" or "y": all-reduce or shift of `words` along it."""
 
     name: str
     axis: str | None = None
     words: int = 0
     cycles: int = 0
+    shifts: bool = False
 
 
 def local(name: str, cycles: float) -> Phase:
@@ -38,19 +40,43 @@ def allreduce(name: str, axis: str, words: int) -> Phase:
     return Phase(name, axis, words)
 
 
-class _Axis:
-    def __init__(self, program: Program, axis: str, groups: int | None):
-        self.length = program.columns if axis == "x" else program.rows
-        self.reduce = Reduce(Wires(program, axis), "ktree", groups)
-        self.flood = Flood(Wires(program, axis), self.reduce.root)
+def shift(name: str, axis: str, words: int) -> Phase:
+    """What keeps a KV cache balanced: the oldest entry of every core goes one core up."""
+    return Phase(name, axis, words, shifts=True)
 
-    def write(self, code: Code, p: int, words: int) -> None:
-        self.reduce.write(code, p, words, 0, "instruction")
-        self.flood.write(code, p, words, 0, "instruction")
+
+class _Axis:
+    def __init__(self, program: Program, axis: str, groups: int | None, shifts: bool):
+        wires = Wires(program, axis)
+        self.length = wires.P
+        self.reduce = Reduce(wires, "ktree", groups)
+        self.flood = Flood(wires, self.reduce.root)
+        self.up = {}
+        if shifts:
+            # where the reduce goes this way too, its colour serves: input queues are few
+            edges = [(p, p - 1) for p in range(1, wires.P)]
+            missing = [e for e in edges if e not in self.reduce.colours]
+            self.up = self.reduce.colours | wires.connect(missing)
+
+    def write(self, code: Code, p: int, phase: Phase) -> None:
+        if phase.shifts:
+            self._shift(code, p, phase.words)
+            return
+        self.reduce.write(code, p, phase.words, 0, "instruction")
+        self.flood.write(code, p, phase.words, 0, "instruction")
+
+    def _shift(self, code: Code, p: int, words: int) -> None:
+        """Sends from address 0 and receives behind it, at once."""
+        if p + 1 < self.length:
+            code.vector("move", words, read=self.up[p + 1, p], to=at(words), thread=0)
+        if p:
+            code.vector("move", words, a=at(0), send=self.up[p, p - 1])
+        if p + 1 < self.length:
+            code.wait(0)
 
     def role(self, p: int):
         colours = self.reduce.colours
-        return (p == self.reduce.root, *(
+        return (p == self.reduce.root, self.up.get((p, p - 1)), self.up.get((p + 1, p)), *(
             (way, colours[(q, p) if way == "from" else (p, q)]) for way, q in self.reduce.stops[p]
         ))  # fmt: skip
 
@@ -59,10 +85,11 @@ def build(
     spec: WaferSpec, rows: int, columns: int, phases: tuple[Phase, ...], groups: int | None
 ) -> Program:
     """All phases on all cores; an axis of length 1 does nothing in its phases."""
-    words = max([p.words for p in phases], default=1) or 1
+    words = max([p.words * (2 if p.shifts else 1) for p in phases], default=1) or 1
     names = tuple(dict.fromkeys(p.name for p in phases))
     program = Program(spec, rows, columns, names, words)
-    axes = {axis: _Axis(program, axis, groups) for axis in ("x", "y")}
+    shifted = {p.axis for p in phases if p.shifts}
+    axes = {axis: _Axis(program, axis, groups, axis in shifted) for axis in ("x", "y")}
     roles_x = [axes["x"].role(px) for px in range(columns)]
     roles_y = [axes["y"].role(py) for py in range(rows)]
     made = {}
@@ -76,7 +103,7 @@ def build(
                     code.tag = names.index(phase.name)
                     code.calc(phase.cycles)
                     if phase.axis:
-                        axes[phase.axis].write(code, px if phase.axis == "x" else py, phase.words)
+                        axes[phase.axis].write(code, px if phase.axis == "x" else py, phase)
                 code.halt()
                 made[key] = code
             program.place(made[key], py, px)

@@ -21,7 +21,7 @@ class Piece:
     start: int
     stop: int
     total: int
-    value: Tensor
+    value: Tensor | tuple[Tensor, ...]
 
 
 def cut(n: int, parts: int) -> list[tuple[int, int]]:
@@ -194,6 +194,29 @@ class ShiftedCache:
                 break
             self.rows[lower - 1].append(self.rows[lower].pop(0))
             self.moved += 1
+
+    def attention(self, q: Tensor, scale: float | None = None) -> Tensor:
+        """Attention of one query [..., D] over entries (k, v) of q's shape, merged over the rows.
+
+        Each row of cores gives a maximum, a sum and an output of its own entries, in fp32; a
+        checksum guards the merge: every entry counts once.
+        """
+        held, pieces = [len(row) for row in self.rows], []
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        for row, entries in enumerate(self.rows):
+            if not entries:
+                continue
+            k, v = (torch.stack(t).float() for t in zip(*entries, strict=True))  # [n, ..., D]
+            logits = (q.float() * scale * k).sum(-1)
+            top = logits.amax(0)
+            weight = torch.exp(logits - top)
+            start = sum(held[:row])
+            value = (top, weight.sum(0), (weight[..., None] * v).sum(0))
+            pieces.append(Piece(start, start + len(entries), sum(held), value))
+        check_cover(pieces)
+        tops, sums, outputs = (torch.stack(t) for t in zip(*(p.value for p in pieces), strict=True))
+        share = torch.exp(tops - tops.amax(0))
+        return ((share[..., None] * outputs).sum(0) / (share * sums).sum(0)[..., None]).to(q.dtype)
 
     def entries(self) -> list:
         """All entries, oldest first."""

@@ -1,5 +1,5 @@
-"""attention on the modelled grid of cores: see cgpt_kernels/wafer/ops.py."""
+"""attention on the modelled grid of cores: see cgpt_kernels/wafer/backend.py."""
 
-from ...wafer.ops import attention_fwd
+from ...wafer.backend import attention_fwd
 
 __all__ = ["attention_fwd"]

@@ -1,5 +1,5 @@
-"""gemm on the modelled grid of cores: see cgpt_kernels/wafer/ops.py."""
+"""gemm on the modelled grid of cores: see cgpt_kernels/wafer/backend.py."""
 
-from ...wafer.ops import gemm_fwd
+from ...wafer.backend import gemm_fwd
 
 __all__ = ["gemm_fwd"]
