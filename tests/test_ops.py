@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from cgpt_kernels import backends, ops
 from cgpt_kernels.ops import registry
-from cgpt_kernels.ops.attention import backward as attention_backward
 from cgpt_kernels.ops.attention.cases import AttentionCase
 from cgpt_kernels.ops.cross_entropy import backward as cross_entropy_backward
 from cgpt_kernels.ops.cross_entropy.cases import LinearCrossEntropyCase
@@ -28,7 +27,7 @@ def on_backends(cases, gradients_in_torch=False):
     gradients_in_torch: only where the backward of ops/<op>/backward.py serves and is cut in slabs.
     """
     if gradients_in_torch:
-        cases = [c for c in cases if c.op in ("attention", "linear_cross_entropy")]
+        cases = [c for c in cases if c.op == "linear_cross_entropy"]
     there = [
         pytest.param(case, backend, id=f"{backend}-{label(case)}")
         for backend in COMPILED
@@ -221,9 +220,7 @@ def test_gradients_do_not_depend_on_how_the_backward_is_cut(
     small = max(v.numel() for v in inputs.values() if isinstance(v, torch.Tensor)) < 5000
     if not small and elements < 300:
         pytest.skip("one row at a time takes minutes at this size")
-    for module in (attention_backward, cross_entropy_backward):
-        monkeypatch.setattr(module, "SLAB_ELEMENTS", elements)
-    monkeypatch.setattr(attention_backward, "_by_aten", lambda *_: False)
+    monkeypatch.setattr(cross_entropy_backward, "SLAB_ELEMENTS", elements)
     hold_to_rule(registry.FUNCTIONS[case.op], inputs, gradients=True, backend=backend)
 
 
