@@ -15,7 +15,9 @@ BUDGET := tests/test_triton_budget.py
 SEEDS := 0 1 2
 # With the sanitizers one case of every kernel's path; python itself is not built with them.
 SANITIZED := cuda and (odd or fp32_parameters or dropout or decode_padded or smoothing or all_kn)
-ASAN = LD_PRELOAD=$$($(or $(CXX),g++) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0
+# libstdc++ too: the sanitizer looks for its exceptions when it starts.
+ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0
 
 .PHONY: demo test test-cuda cuda-host bench build check format clean
 

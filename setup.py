@@ -55,7 +55,7 @@ HOST_MODULES = {
     "host_asan": (
         "_cuda_host_asan",
         "",
-        "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g",
+        "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     ),
 }
 

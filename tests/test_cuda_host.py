@@ -139,10 +139,13 @@ host.substrate_test("none", torch.randn(128), None, out)
 print("fine so far", flush=True)
 host.substrate_test("global_out_of_bounds", torch.randn(128), None, out)
 """
-    library = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    done = run(code, LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0")
+    # libstdc++ too: the sanitizer looks for its exceptions when it starts.
+    ask = ["g++", "-print-file-name=libasan.so", "-print-file-name=libstdc++.so"]
+    libraries = [
+        subprocess.run([ask[0], what], check=True, capture_output=True, text=True).stdout.strip()
+        for what in ask[1:]
+    ]
+    done = run(code, LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
     assert "fine so far" in done.stdout, done.stderr[-4000:]
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr and "wrong_kernel" in done.stderr
