@@ -16,6 +16,7 @@ from cgpt_kernels.replace.swap import (
     norm_sum,
     operands,
     plain,
+    product,
     project,
     project_activate,
     projection,
@@ -66,10 +67,10 @@ class FusedBlock(Block, Replaced):
 
 def _project_add(linear, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
     """(linear(x), whether residual was added to it)."""
-    wb = operands(linear, FusedLinear)
-    if wb is None or residual.dtype is not x.dtype:
+    by = product(linear, FusedLinear, x.dtype)
+    if by is None or residual.dtype is not x.dtype:
         return linear(x), False
-    return multiply(linear, *wb, x, backend, residual=residual), True
+    return multiply(by, x, backend, residual=residual), True
 
 
 def _heads(attn, x: Tensor, mask: Tensor | None, cache, backend: str) -> Tensor:
