@@ -16,24 +16,17 @@ from .ops.gemm import PackedWeight
 
 @dataclass(frozen=True)
 class Projection:
-    """weight: packed, or a tensor in `layout` "nk" or "kn". bias: [N] or None.
-
-    lora: None, or a packed A [r, K], B [N, r] in fp32 and a scale: scale (x A^T) B^T is added.
-    """
+    """weight: packed, or a tensor in `layout` "nk" or "kn". bias: [N] or None."""
 
     weight: PackedWeight | Tensor
     bias: Tensor | None
     layout: str
-    lora: tuple[PackedWeight, Tensor, float] | None = None
 
     def as_tuple(self) -> tuple:
-        w, lora = self.weight, self.lora
-        if lora is not None:
-            A, B, scale = lora
-            lora = A.data, A.format, A.N, B, scale
+        w = self.weight
         if isinstance(w, PackedWeight):
-            return w.data, w.format, w.N, w.K, w.group or 0, self.bias, lora
-        return w, self.layout, self.bias, lora
+            return w.data, w.format, w.N, w.K, w.group or 0, self.bias
+        return w, self.layout, self.bias
 
 
 Norm = tuple[Tensor, Tensor | None]  # weight, bias

@@ -13,7 +13,6 @@ from cgpt_kernels import ops
 from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
     DENSE,
-    Product,
     Replaced,
     dense,
     idle,
@@ -57,7 +56,7 @@ class FusedLinear(nn.Linear, Packable, Replaced):
         wb = dense(self)
         if wb is None:
             return super().forward(x)
-        return multiply(Product(self, *wb), x, self.kernel_backend)
+        return multiply(self, *wb, x, self.kernel_backend)
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention, Replaced):
