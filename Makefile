@@ -11,15 +11,33 @@ INTERPRETED := tests/test_ops.py tests/test_properties.py tests/test_triton_inte
 # Minutes of ptxas in one file: both cores share its cases.
 BUDGET := tests/test_triton_budget.py
 
-.PHONY: demo test bench build check format clean
+# The CUDA sources compiled by g++ (csrc/cuda/device.cuh), once for each order of threads.
+SEEDS := 0 1 2
+# With the sanitizers one case of every kernel's path; python itself is not built with them.
+SANITIZED := cuda and (odd or fp32_parameters or dropout or decode_padded or smoothing or all_kn)
+# libstdc++ too: the sanitizer looks for its exceptions when it starts.
+ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0
+
+.PHONY: demo test test-cuda cuda-host bench build check format clean
 
 demo: build
 	$(BIN)/cgpt-kernels demo
 
-test: build
+test: build cuda-host test-cuda
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore $(BUDGET) tests
 	$(BIN)/python -m pytest -q -n 2 $(BUDGET)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -k triton $(INTERPRETED)
+
+test-cuda: cuda-host
+	for seed in $(SEEDS); do CGPT_CUDA_HOST=1 CGPT_CUDA_HOST_SEED=$$seed \
+	  $(BIN)/python -m pytest -q -n 2 -k cuda tests/test_ops.py || exit 1; done
+	$(ASAN) CGPT_CUDA_HOST=asan CGPT_CUDA_HOST_SEED=1 $(BIN)/python -m pytest -q \
+	  -k "$(SANITIZED)" tests/test_ops.py
+
+cuda-host: .venv/installed
+	CGPT_CUDA=host $(BIN)/python setup.py --quiet build_ext --inplace
+	CGPT_CUDA=host_asan $(BIN)/python setup.py --quiet build_ext --inplace
 
 bench: build
 	$(BIN)/cgpt-kernels bench

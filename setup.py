@@ -55,7 +55,7 @@ HOST_MODULES = {
     "host_asan": (
         "_cuda_host_asan",
         "",
-        "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g",
+        "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     ),
 }
 
@@ -164,7 +164,7 @@ def ninja_text(out, includes, nvcc):
             "  deps = gcc",
             "  description = NVCC $out",
         ]
-        for source in [*sources("cuda/*.cu"), *sources("ops/*/*_cuda.cu")]:
+        for source in sources("ops/*/*_cuda.cu"):
             add("nvcc", source)
     link = f"{cxx} -shared -fopenmp"
     if nvcc:  # nvcc knows its libraries; the static runtime loads where there is no CUDA at all
@@ -201,6 +201,7 @@ def host_text(out, includes, name, kernel_flags, flags):
     for pattern, own in (
         ("cuda/*.cpp", ""),
         ("python/cuda_host.cpp", binding),
+        ("cuda/*_test.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
         ("ops/*/*_cuda.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
     ):
         for source in sources(pattern):

@@ -2,7 +2,8 @@
 
 An implementation is found by its name, never registered by hand: `<kernel>` in the module `_C` for
 cpu, `<kernel>_cuda` for cuda, and for triton and wafer the function `<kernel>` in the file
-`ops/<folder>/<folder>_<backend>.py`. All take the same arguments (outputs allocated by the caller).
+`ops/<folder>/<folder>_<backend>.py`, which cuda may have too, for the memory its kernels work in.
+All take the same arguments (outputs allocated by the caller).
 `auto` may fall back; a backend asked for by name runs or raises.
 """
 
@@ -119,7 +120,8 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
             return None, _C_REASON
         found = getattr(module, name, None)
         if found is not None:
-            return found, None
+            # A kernel that works in memory of the caller's has a function that allocates it.
+            return (backend == "cuda" and _beside(folder, kernel)) or found, None
         if module is _C and backend == "cuda" and not _C.cuda_built():
             return None, "this build has no CUDA code (nvcc was not found or CGPT_CUDA=off)"
         suffix = "cpp" if backend == "cpu" else "cu"
@@ -144,7 +146,15 @@ def own(op: str, backend: str, name: str) -> Callable | None:
     forward, _ = implementation(op, backend)
     if forward is None or backend == "cpu":
         return None
-    module = f"cgpt_kernels.ops.{OPS[op].folder}.{OPS[op].folder}_{backend}"
+    folder = OPS[op].folder
+    if backend == "cuda":
+        return _beside(folder, name)
+    return getattr(importlib.import_module(forward.__module__), name, None)
+
+
+def _beside(folder: str, name: str) -> Callable | None:
+    """A function of ops/<folder>/<folder>_cuda.py, or None without it or the file."""
+    module = f"cgpt_kernels.ops.{folder}.{folder}_cuda"
     if importlib.util.find_spec(module) is None:
         return None
     return getattr(importlib.import_module(module), name, None)

@@ -16,17 +16,24 @@ from .ops.gemm import PackedWeight
 
 @dataclass(frozen=True)
 class Projection:
-    """weight: packed, or a tensor in `layout` "nk" or "kn". bias: [N] or None."""
+    """weight: packed, or a tensor in `layout` "nk" or "kn". bias: [N] or None.
+
+    lora: None, or a packed A [r, K], B [N, r] in fp32 and a scale: scale (x A^T) B^T is added.
+    """
 
     weight: PackedWeight | Tensor
     bias: Tensor | None
     layout: str
+    lora: tuple[PackedWeight, Tensor, float] | None = None
 
     def as_tuple(self) -> tuple:
-        w = self.weight
+        w, lora = self.weight, self.lora
+        if lora is not None:
+            A, B, scale = lora
+            lora = A.data, A.format, A.N, B, scale
         if isinstance(w, PackedWeight):
-            return w.data, w.format, w.N, w.K, w.group or 0, self.bias
-        return w, self.layout, self.bias
+            return w.data, w.format, w.N, w.K, w.group or 0, self.bias, lora
+        return w, self.layout, self.bias, lora
 
 
 Norm = tuple[Tensor, Tensor | None]  # weight, bias

@@ -154,6 +154,11 @@ def _adapter(model: nn.Module, use_cache: bool):
     plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     if isinstance(plain, GPT):
         return _ReferenceSteps(model, plain.config, use_cache)
+    if getattr(getattr(plain, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            "generate: model must have no virtual tokens (peft's prompt and prefix tuning), which "
+            "would be put before every new token; call model.generate, which knows them"
+        )
     if hasattr(plain, "can_generate") and plain.can_generate():
         if not plain.config.is_encoder_decoder:
             return _HuggingFaceSteps(model, use_cache)

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from cgpt_kernels import backends, ops
 from cgpt_kernels.ops import registry
-from cgpt_kernels.ops.attention import backward as attention_backward
 from cgpt_kernels.ops.attention.cases import AttentionCase
 from cgpt_kernels.ops.cross_entropy import backward as cross_entropy_backward
 from cgpt_kernels.ops.cross_entropy.cases import LinearCrossEntropyCase
@@ -28,20 +27,15 @@ def on_backends(cases, gradients_in_torch=False):
     gradients_in_torch: only where the backward of ops/<op>/backward.py serves and is cut in slabs.
     """
     if gradients_in_torch:
-        cases = [c for c in cases if c.op in ("attention", "linear_cross_entropy")]
+        cases = [c for c in cases if c.op == "linear_cross_entropy"]
     there = [
         pytest.param(case, backend, id=f"{backend}-{label(case)}")
         for backend in COMPILED
         for case in cases
         if any(backend in backends.runnable(case.op, device) for device in DEVICES)
-        and not (gradients_in_torch and has_backward(case.op, backend))
+        and not (gradients_in_torch and backends.own(case.op, backend, f"{case.op}_bwd"))
     ]
     return pytest.mark.parametrize("case, backend", there)
-
-
-def has_backward(op, backend):
-    in_cpp = backend == "cpu" and op == "linear_cross_entropy"
-    return in_cpp or backends.own(op, backend, f"{op}_bwd") is not None
 
 
 def label(value):
@@ -147,10 +141,6 @@ def library_calls(case, inputs, backend):
         options = (i["ignore_index"], i["label_smoothing"], backend)
         args = (i["x"], i["weight"], i["target"], i.get("bias"), *options)
         yield torch.ops.cgpt.linear_cross_entropy, args
-        if backend == "cpu":
-            need = tuple(name in i for name in ("x", "weight", "bias"))
-            args = (*args[:-2], i["label_smoothing"], True, need, backend)
-            yield torch.ops.cgpt.linear_cross_entropy_grads, args
 
 
 @on_backends(PATH_CASES)
@@ -230,9 +220,7 @@ def test_gradients_do_not_depend_on_how_the_backward_is_cut(
     small = max(v.numel() for v in inputs.values() if isinstance(v, torch.Tensor)) < 5000
     if not small and elements < 300:
         pytest.skip("one row at a time takes minutes at this size")
-    for module in (attention_backward, cross_entropy_backward):
-        monkeypatch.setattr(module, "SLAB_ELEMENTS", elements)
-    monkeypatch.setattr(attention_backward, "_by_aten", lambda *_: False)
+    monkeypatch.setattr(cross_entropy_backward, "SLAB_ELEMENTS", elements)
     hold_to_rule(registry.FUNCTIONS[case.op], inputs, gradients=True, backend=backend)
 
 

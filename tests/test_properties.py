@@ -152,7 +152,7 @@ def test_log_sum_exp_is_that_of_the_masked_logits(backend):
     given = qkv(Sq=9, Sk=7, causal=True, bias="1Hqk", alibi=True)
     q, k, v = given["q"], given["k"], given["v"]
     masks = (None, given["attn_bias"], given["alibi_slopes"])
-    _, lse = torch.ops.cgpt.attention(q, k, v, *masks, 0.25, True, 0.0, None, backend)
+    _, lse, _ = torch.ops.cgpt.attention(q, k, v, *masks, 0.25, True, 0.0, None, backend)
     logits = attention_reference.masked_logits(q, k, *masks, 0.25, True)
     torch.testing.assert_close(lse, torch.logsumexp(logits, -1))
 

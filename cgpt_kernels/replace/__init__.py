@@ -30,6 +30,7 @@ _ADAPTERS = {
     "transformers.pytorch_utils": "hf_gpt2",  # Conv1D
     "transformers.models.gpt2.modeling_gpt2": "hf_gpt2",
     "transformers.models.bert.modeling_bert": "hf_bert",
+    "peft.tuners.lora.layer": "peft_lora",
 }
 # Where a causal language model's class is defined -> the adapter whose `decoder_parts` knows it.
 _DECODERS = {
@@ -167,11 +168,13 @@ def replace(
 def decoder_parts(model: nn.Module) -> decoder.Parts | None:
     """What a `decoder.Decoder` of a replaced model is made of; None where its modules must run.
 
-    They must where the model is not on the CPU or not wholly replaced, where hooks, adapters or
-    dropout are at work, or where a backend other than "auto" and "cpu" was asked for.
+    They must where the model is not on the CPU or not wholly replaced, where hooks, dropout or
+    adapters other than plain LoRA's are at work, or where a backend other than "auto" and "cpu" was
+    asked for.
     """
-    kind = type(model).original() if isinstance(model, Replaced) else type(model)
-    adapter = _DECODERS.get(kind.__module__)
+    if type(model).__module__ == "peft.peft_model":
+        model = importlib.import_module(f"{__name__}.peft_lora").base_model(model)
+    adapter = _DECODERS.get(type(model).__module__)
     if adapter is None or backends._C is None:
         return None
     return importlib.import_module(f"{__name__}.{adapter}").decoder_parts(model)

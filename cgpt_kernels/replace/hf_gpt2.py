@@ -29,6 +29,7 @@ from cgpt_kernels.replace.hf import (
 )
 from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
+    Product,
     Replaced,
     dense,
     idle,
@@ -58,7 +59,7 @@ class FusedConv1D(Conv1D, Packable, Replaced):
         wb = dense(self)
         if wb is None:
             return super().forward(x)
-        return multiply(self, *wb, x, self.kernel_backend)
+        return multiply(Product(self, *wb), x, self.kernel_backend)
 
 
 class FusedGPT2Attention(GPT2Attention, Replaced):

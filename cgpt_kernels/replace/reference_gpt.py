@@ -5,12 +5,10 @@ B batch, S new tokens, T all tokens, C width, H heads, D = C / H.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from cgpt_kernels import backends, decoder, ops
+from cgpt_kernels import decoder, ops
 from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention
-from cgpt_kernels.replace.packing import given_up
 from cgpt_kernels.replace.swap import (
     Replaced,
     multiply,
@@ -18,6 +16,7 @@ from cgpt_kernels.replace.swap import (
     norm_sum,
     operands,
     plain,
+    product,
     project,
     project_activate,
     projection,
@@ -66,30 +65,12 @@ class FusedBlock(Block, Replaced):
         return y if added else x + y
 
 
-class FusedGPT(GPT, Replaced):
-    """The loss is taken without the logits, where the head may be read past its __call__."""
-
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        head, backend = self._modules["lm_head"], self.kernel_backend
-        wb = operands(head, FusedLinear)
-        if wb is None or head.quantize is not None or given_up(head) or not _has_loss(backend):
-            return super().loss(x, targets)
-        weight, bias = wb
-        return ops.linear_cross_entropy(x, weight, targets, bias, backend=backend)
-
-
-@torch.compiler.assume_constant_result
-def _has_loss(backend: str) -> bool:
-    op = "linear_cross_entropy"
-    return backend in ("auto", "eager") or backends.implementation(op, backend)[0] is not None
-
-
 def _project_add(linear, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
     """(linear(x), whether residual was added to it)."""
-    wb = operands(linear, FusedLinear)
-    if wb is None or residual.dtype is not x.dtype:
+    by = product(linear, FusedLinear, x.dtype)
+    if by is None or residual.dtype is not x.dtype:
         return linear(x), False
-    return multiply(linear, *wb, x, backend, residual=residual), True
+    return multiply(by, x, backend, residual=residual), True
 
 
 def _heads(attn, x: Tensor, mask: Tensor | None, cache, backend: str) -> Tensor:
@@ -118,7 +99,7 @@ def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
 
 def decoder_parts(model) -> decoder.Parts | None:
     """What a decoder of this model is made of; None where only the modules can run it."""
-    if not plain(model, FusedGPT):
+    if not plain(model, GPT):
         return None
     top, head, c = model.transformer, model._modules["lm_head"], model.config
     wte, wpe = table(top["wte"]), table(top["wpe"])
@@ -158,6 +139,4 @@ def _decoder_layer(block) -> decoder.Layer | None:
     return None if None in found else decoder.Layer(attn.scale, *found)
 
 
-CLASSES = {
-    cls.original(): cls for cls in (FusedCausalSelfAttention, FusedMLP, FusedBlock, FusedGPT)
-}
+CLASSES = {cls.original(): cls for cls in (FusedCausalSelfAttention, FusedMLP, FusedBlock)}

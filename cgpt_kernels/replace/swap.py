@@ -5,14 +5,17 @@ module-level subclass whose forward calls the ops. Parameters, buffers, hooks, n
 the object's own, so they stay. Going back means setting the class to the subclass's base.
 
 A fused block may read a submodule's weights instead of calling it only where nobody could tell the
-difference: exactly our class, no hooks, no patched forward, dense weights (`operands`). Otherwise
-it calls the submodule, which keeps LoRA wrappers, hooks and quantised weights of others working.
+difference: exactly our class, no hooks, no patched forward, dense weights (`operands`), or such a
+one under peft's LoRA adapters (`product`). Otherwise it calls the submodule, which keeps wrappers,
+hooks and quantised weights of others working.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -23,6 +26,7 @@ from torch.nn.modules.module import (
 
 from cgpt_kernels import ops
 from cgpt_kernels.decoder import Projection
+from cgpt_kernels.ops.gemm import pack_weight
 from cgpt_kernels.replace.packing import current, packed
 
 # Weights whose memory an op may read. Subclasses (quantised, sharded) bring their own arithmetic.
@@ -92,6 +96,45 @@ def dense(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return weight, parameters.get("bias")
 
 
+class Product(NamedTuple):
+    """What a projection multiplies by.
+
+    linear: the fused module that holds the weight, and its packed copy.
+    lora: None, or what ops.gemm takes: (A, B, scale), with x' where `of` has put it.
+    dropout: applied to what A multiplies; None where it is idle.
+    """
+
+    linear: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    lora: tuple | None = None
+    dropout: nn.Module | None = None
+
+    def of(self, x: Tensor) -> Product:
+        """With x', what the dropout leaves of x, in lora."""
+        if self.dropout is None:
+            return self
+        x_low = self.dropout(x.to(self.lora[0].dtype))  # cast first, as peft does
+        return self._replace(lora=(*self.lora, x_low), dropout=None)
+
+
+# Where the classes of LoRA layers live: peft is imported only by models that have one.
+_LORA = frozenset(("peft.tuners.lora.layer", "cgpt_kernels.replace.peft_lora"))
+
+
+def product(linear: nn.Module, cls: type, dtype: torch.dtype) -> Product | None:
+    """What `linear`, a `cls` or one under LoRA adapters, multiplies inputs of this dtype by; None
+    where it must be called."""
+    wb = operands(linear, cls)
+    if wb is not None:
+        return Product(linear, *wb)
+    if type(linear).__module__ not in _LORA:
+        return None
+    from cgpt_kernels.replace import peft_lora
+
+    return peft_lora.read(linear, cls, dtype)
+
+
 def idle(dropout: nn.Module) -> bool:
     """Whether a dropout module passes its input through, unobserved."""
     kind = type(dropout)
@@ -100,25 +143,25 @@ def idle(dropout: nn.Module) -> bool:
 
 
 def multiply(
-    linear: nn.Module,
-    weight: Tensor,
-    bias: Tensor | None,
+    by: Product,
     x: Tensor,
     backend: str,
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """ops.gemm by a fused linear module's weight, or by its packed copy. x [..., K] -> [..., N]."""
+    """ops.gemm by a product's weight, or by its packed copy. x [..., K] -> [..., N]."""
+    linear, weight = by.linear, by.weight
     layout, copy = linear.weight_layout, packed(linear, weight, x, backend)
     if copy is not None:
         weight, layout = copy, "nk"
     return ops.gemm(
         x,
         weight,
-        bias,
+        by.bias,
         activation=activation,
         residual=residual,
+        lora=by.of(x).lora,
         weight_layout=layout,
         backend=backend,
     )
@@ -129,10 +172,10 @@ def project(linear: nn.Module, cls: type, x: Tensor, backend: str) -> Tensor:
 
     cls: the fused class that `linear` must have.
     """
-    wb = operands(linear, cls)
-    if wb is None:
+    by = product(linear, cls, x.dtype)
+    if by is None:
         return linear(x)
-    return multiply(linear, *wb, x, backend)
+    return multiply(by, x, backend)
 
 
 def project_activate(
@@ -142,12 +185,12 @@ def project_activate(
 
     name: what ops.gemm calls this activation; None where it has none or must be called.
     """
-    wb = operands(linear, cls)
-    if wb is None:
+    by = product(linear, cls, x.dtype)
+    if by is None:
         return activation(linear(x))
     if name is None:
-        return activation(multiply(linear, *wb, x, backend))
-    return multiply(linear, *wb, x, backend, activation=name)
+        return activation(multiply(by, x, backend))
+    return multiply(by, x, backend, activation=name)
 
 
 def project_add(
@@ -157,20 +200,27 @@ def project_add(
 
     Returns (y [..., N], whether the residual is in it); `norm_sum` or the caller adds it otherwise.
     """
-    wb = operands(linear, cls)
-    if wb is None:
+    by = product(linear, cls, x.dtype)
+    if by is None:
         return dropout(linear(x)), False
     if idle(dropout) and residual.dtype is x.dtype:
-        return multiply(linear, *wb, x, backend, residual=residual), True
-    return dropout(multiply(linear, *wb, x, backend)), False
+        return multiply(by, x, backend, residual=residual), True
+    return dropout(multiply(by, x, backend)), False
 
 
 def projection(linear: nn.Module, cls: type) -> Projection | None:
     """What a decoder multiplies by in place of `linear`; None where it must be called."""
-    wb = operands(linear, cls)
-    if wb is None or not (linear.packed_copy or wb[0].is_cpu):
+    held = linear.base_layer if type(linear).__module__ in _LORA else linear
+    by = product(linear, cls, held.weight.dtype)
+    if by is None or by.dropout is not None or not (by.linear.packed_copy or by.weight.is_cpu):
         return None
-    return Projection(current(linear, wb[0]) or wb[0].detach(), wb[1], cls.weight_layout)
+    bias = None if by.bias is None else by.bias.detach()
+    weight = current(by.linear, by.weight) or by.weight.detach()
+    lora = by.lora
+    if lora is not None:
+        A, B, scale = lora
+        lora = pack_weight(A), B.detach().float(), scale
+    return Projection(weight, bias, cls.weight_layout, lora)
 
 
 def table(embedding: nn.Module) -> Tensor | None:

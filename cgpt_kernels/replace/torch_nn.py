@@ -13,6 +13,7 @@ from cgpt_kernels import ops
 from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
     DENSE,
+    Product,
     Replaced,
     dense,
     idle,
@@ -56,7 +57,7 @@ class FusedLinear(nn.Linear, Packable, Replaced):
         wb = dense(self)
         if wb is None:
             return super().forward(x)
-        return multiply(self, *wb, x, self.kernel_backend)
+        return multiply(Product(self, *wb), x, self.kernel_backend)
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention, Replaced):

@@ -201,6 +201,24 @@ template <int kThreads>
 __device__ inline float block_sum(float x, float* scratch) {
   return block_reduce<kThreads>(x, 0.0f, scratch, [](float a, float b) { return a + b; });
 }
+// Several sums for the two barriers of one; `scratch` holds n floats per warp.
+template <int kThreads, int n>
+__device__ inline void block_sums(float (&x)[n], float* scratch) {
+  static_assert(kThreads % kWarp == 0 && kThreads <= kWarp * kWarp);
+  constexpr int kWarps = kThreads / kWarp;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = warp_sum(x[i]);
+  if constexpr (kWarps > 1) {
+    block_barrier();
+    if (lane() == 0)
+#pragma unroll
+      for (int i = 0; i < n; ++i) scratch[i * kWarps + warp()] = x[i];
+    block_barrier();
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      x[i] = warp_sum(lane() < kWarps ? scratch[i * kWarps + lane()] : 0.0f);
+  }
+}
 template <int kThreads>
 __device__ inline float block_max(float x, float* scratch) {
   return block_reduce<kThreads>(x, -INFINITY, scratch,

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <thread>
 
+#include "../cpu/scratch.h"
+
 namespace cgpt {
 
 // Where the threads of a step meet. It spins, whatever OMP_WAIT_POLICY says: a step has 5 meetings
@@ -50,6 +52,8 @@ struct Decoder::Buffers {
 
 namespace {
 
+constexpr int kSlotU = 4;  // of thread_scratch; gemm has 0 to 3
+
 int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
 // A dense [rows, columns] view of memory that lasts for the step.
@@ -91,14 +95,22 @@ TensorView cached(const TensorView& cache, int64_t l, int64_t tokens, int64_t h0
 void project(const Projection& p, const TensorView& x, const TensorView& residual,
              const TensorView& y, const Decoder::Part& part,
              Activation activation = Activation::none) {
+  LowRankTerm low_rank;
+  if (p.lora_b) {  // every thread makes all of u: it is r / N of the product
+    const int64_t M = x.shape[0], rank = p.lora_a.N;
+    void* u = thread_scratch(kSlotU, static_cast<size_t>(M * rank) * sizeof(float));
+    low_rank = {rows_at(u, M, rank, DType::f32), p.lora_b, p.lora_scale};
+    packed_gemm_fwd_cpu(PackedGemmArgs{x, p.lora_a, {}, {}, low_rank.u});
+  }
   if (p.weight)
-    return gemm_fwd_cpu(GemmArgs{x, p.weight, p.bias, residual, y, activation, p.weight_kn});
+    return gemm_fwd_cpu(
+        GemmArgs{x, p.weight, p.bias, residual, y, activation, p.weight_kn, low_rank});
   const int64_t panels = panel_count(p.packed.N);
   const int64_t first = panels * part.index / part.count;
   const int64_t end = panels * (part.index + 1) / part.count;
   if (first < end)
     packed_gemm_fwd_cpu(
-        PackedGemmArgs{x, p.packed, p.bias, residual, y, activation, first, end - first});
+        PackedGemmArgs{x, p.packed, p.bias, residual, y, activation, first, end - first, low_rank});
 }
 
 // Rows of `table` by number, into the dense rows of `out`.
@@ -148,6 +160,15 @@ void check_projection(const Checker& c, const char* name, const Projection& p, i
   if (p.weight) {
     c.dtype(name, p.weight, {T});
     c.dense_rows(name, p.weight);
+  }
+  if (p.lora_b) {
+    c.require(p.lora_a.K == K, [&] {
+      return std::string(name) + "'s A of lora must take " + std::to_string(K) + " features, got " +
+             std::to_string(p.lora_a.K);
+    });
+    c.tensor(name, p.lora_b, {N, p.lora_a.N});
+    c.dtype(name, p.lora_b, {DType::f32});
+    c.dense_rows(name, p.lora_b);
   }
   if (!p.bias) return;
   c.tensor(name, p.bias, {N});

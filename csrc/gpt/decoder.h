@@ -28,6 +28,10 @@ struct Projection {
   TensorView weight;    // [N, K], or [K, N] where weight_kn
   bool weight_kn = false;
   TensorView bias;  // [N], T or fp32, or none
+  // LoRA: scale (x A^T) B^T is added; absent where B is. Its width r is A's N.
+  PackedWeight lora_a;  // [r, K]
+  TensorView lora_b;    // [N, r] fp32
+  float lora_scale = 1.0f;
   int64_t outputs() const { return weight ? weight.shape[weight_kn] : packed.N; }
   int64_t inputs() const { return weight ? weight.shape[!weight_kn] : packed.K; }
 };

@@ -1,10 +1,14 @@
 // The list of the lists: every op that has CUDA kernels.
 #pragma once
 
+#include "cuda_cross_entropy.h"
 #include "cuda_layer_norm.h"
 
 namespace cgpt::python {
 
-inline void bind_cuda(py::module_& m) { bind_cuda_layer_norm(m); }
+inline void bind_cuda(py::module_& m) {
+  bind_cuda_cross_entropy(m);
+  bind_cuda_layer_norm(m);
+}
 
 }  // namespace cgpt::python

@@ -14,6 +14,16 @@ inline void bind_cuda_layer_norm(py::module_& m) {
     py::gil_scoped_release release;
     layer_norm_fwd_cuda(args);
   });
+  m.def("layer_norm_bwd_shares_cuda", &layer_norm_bwd_shares);
+  m.def("layer_norm_bwd_cuda",
+        [](Tensor dy, Tensor dtotal, Tensor x, Tensor weight, Tensor mean, Tensor rstd, Tensor dx,
+           Tensor dweight, Tensor dbias, Tensor shares) {
+          const LayerNormBwdArgs args{rows_of(dy), rows_of(dtotal), rows_of(x), weight, mean,
+                                      rstd,        rows_of(dx),     dweight,    dbias,  shares};
+          layer_norm_bwd_check(args, kCudaDevice);
+          py::gil_scoped_release release;
+          layer_norm_bwd_cuda(args);
+        });
 }
 
 }  // namespace cgpt::python

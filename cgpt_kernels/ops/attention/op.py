@@ -23,7 +23,7 @@ from ..dispatch import (
     with_numpy,
 )
 from . import reference
-from .backward import attention_bwd
+from .backward import attention_bwd, like
 
 ATTENTION = backends.Op("attention", "attention", "attention_fwd", first="q")
 
@@ -212,18 +212,12 @@ def _expand(attn_bias, q, k):
     return attn_bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
-def _allocate_out(q):
-    out = torch.empty_like(q)  # keeps the order of q's dimensions in memory
-    if out.stride(3) != 1:  # q is expanded or transposed at its end
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out
-
-
 def _forward(
-    kernel, q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p, seed, lse
-):
-    """out [B, H, S_q, D]; fills lse where given."""
-    out = _allocate_out(q)
+    kernel, q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p, seed, lse,
+    *row_stats,
+):  # fmt: skip
+    """out [B, H, S_q, D]; fills lse and row_stats, which the cpu kernel takes, where given."""
+    out = like(q)
     if q.stride(3) != 1:
         q = dense_last(q)
     if k.stride(3) != 1:
@@ -233,9 +227,14 @@ def _forward(
     if attn_bias is not None:
         attn_bias = _expand(attn_bias, q, k)
     kernel(
-        q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
-    )
+        q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p,
+        seed, *row_stats,
+    )  # fmt: skip
     return out
+
+
+def _row_stats(q):
+    return q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
 
 
 class _Attention(torch.autograd.Function):
@@ -245,9 +244,9 @@ class _Attention(torch.autograd.Function):
         seed,
     ):  # fmt: skip
         masks = key_padding_mask, attn_bias, alibi_slopes
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, seed or 0, lse)
-        ctx.save_for_backward(q, k, v, out, lse, *masks)
+        row_stats = _row_stats(q)
+        out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, 0, None, row_stats)
+        ctx.save_for_backward(q, k, v, out, row_stats, *masks)
         ctx.options = scale, causal, dropout_p, seed
         return out
 
@@ -281,26 +280,29 @@ def _run(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     masks = key_padding_mask, attn_bias, alibi_slopes
     drawn = 0 if seed is None else int(seed)
-    out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, drawn, lse)
-    return out, lse
+    row_stats = (_row_stats(q),) if backend == "cpu" else ()
+    out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, drawn, lse, *row_stats)
+    return out, lse, *(row_stats or (q.new_empty(0, dtype=torch.float32),))
 
 
 def _fake(
     q, k, v, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p, seed, backend
 ):
-    return _allocate_out(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    row_stats = _row_stats(q) if backend == "cpu" else q.new_empty(0, dtype=torch.float32)
+    return like(q), lse, row_stats
 
 
 def _save(ctx, inputs, output):
     q, k, v, *masks, scale, causal, dropout_p, seed, ctx.backend = inputs
-    out, lse = output
+    out, lse, row_stats = output
     _no_alibi_grad(masks[2])
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, *masks, seed)
+    ctx.mark_non_differentiable(lse, row_stats)
+    ctx.save_for_backward(q, k, v, out, lse, row_stats, *masks, seed)
     ctx.options = scale, causal, dropout_p
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx, dout, dlse, drow_stats):
     *tensors, seed = ctx.saved_tensors
     need_q, need_k, need_v, _, need_bias = ctx.needs_input_grad[:5]
     options = *ctx.options, seed, need_bias, ctx.backend
@@ -315,17 +317,22 @@ def _backward(ctx, dout, dlse):
     )
 
 
-def _run_bwd(*args):
+def _run_bwd(dout, q, k, v, out, lse, row_stats, *args):
     *args, backend = args
-    return (backends.own("attention", backend, "attention_bwd") or attention_bwd)(*args)
+    own = backends.own("attention", backend, "attention_bwd")
+    if own is not None:
+        return own(dout, q, k, v, out, lse, *args)
+    return attention_bwd(dout, q, k, v, out, row_stats if row_stats.numel() else None, *args)
 
 
 def _fake_bwd(
-    dout, q, k, v, out, lse, key_padding_mask, attn_bias, alibi_slopes, scale, causal, dropout_p,
-    seed, need_bias, backend,
+    dout, q, k, v, out, lse, row_stats, key_padding_mask, attn_bias, alibi_slopes, scale, causal,
+    dropout_p, seed, need_bias, backend,
 ):  # fmt: skip
     dbias = attn_bias.new_empty(attn_bias.shape) if need_bias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    own = backends.own("attention", backend, "attention_bwd")
+    allocate = like if own is None else lambda t: t.new_empty(t.shape)
+    return *map(allocate, (q, k, v)), dbias
 
 
 def _autocast(device_type, q, k, v, attn_bias):
@@ -344,7 +351,7 @@ def _autocast_args(device_type, q, k, v, key_padding_mask, attn_bias, *rest):
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? attn_bias,"
     " Tensor? alibi_slopes, float scale, bool causal, float dropout_p, Tensor? seed, str backend)"
-    " -> (Tensor out, Tensor lse)",
+    " -> (Tensor out, Tensor lse, Tensor row_stats)",
     _run,
     _fake,
     save=_save,
@@ -353,8 +360,8 @@ define(
 )
 define(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? key_padding_mask, Tensor? attn_bias, Tensor? alibi_slopes, float scale, bool causal,"
-    " float dropout_p, Tensor? seed, bool need_bias, str backend)"
+    " Tensor row_stats, Tensor? key_padding_mask, Tensor? attn_bias, Tensor? alibi_slopes,"
+    " float scale, bool causal, float dropout_p, Tensor? seed, bool need_bias, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     _run_bwd,
     _fake_bwd,

@@ -23,6 +23,21 @@ struct AttentionArgs {
   bool causal = true;
   double dropout_p = 0.0;  // in [0, 1]; see csrc/cpu/philox.h for which elements it drops
   uint64_t seed = 0;
+  TensorView row_stats;  // [B, H, S_q, 2] fp32: each row's largest logit and sum of exponentials,
+                         // for the backward of the same tier; or none
+};
+
+// Gradients: dv = P~^T dout, dlogits = P * (dP - sum_j P dP), dq = scale * dlogits k,
+// dk = scale * dlogits^T q, P~ the dropped probabilities. Rows that see no key have gradient 0.
+struct AttentionBwdArgs {
+  // As the forward had it, out and row_stats as it left them. Without row_stats, which only the
+  // forward beside this leaves, they are taken anew; lse is not used.
+  AttentionArgs fwd;
+  TensorView dout;   // [B, H, S_q, D] T
+  TensorView dq;     // [B, H, S_q, D] T
+  TensorView dk;     // [B, H, S_k, D] T
+  TensorView dv;     // [B, H, S_k, D] T
+  TensorView dbias;  // T or fp32, sizes as attn_bias's or 1, where its gradient is summed; or none
 };
 
 }  // namespace cgpt
@@ -65,8 +80,35 @@ inline void attention_check(const AttentionArgs& a, Device device = Device::cpu)
     c.tensor("lse", a.lse, {B, H, S_q});
     c.dtype("lse", a.lse, {DType::f32});
   }
+  if (a.row_stats) {
+    c.tensor("row_stats", a.row_stats, {B, H, S_q, 2});
+    c.dtype("row_stats", a.row_stats, {DType::f32});
+  }
   if (!(a.dropout_p >= 0.0 && a.dropout_p <= 1.0))
     fail("attention: dropout_p must be in [0, 1], got " + std::to_string(a.dropout_p));
+}
+
+inline void attention_bwd_check(const AttentionBwdArgs& a, Device device = Device::cpu) {
+  attention_check(a.fwd, device);
+  const Checker c{"attention", device};
+  const AttentionArgs& f = a.fwd;
+  const auto like = [&](const char* name, const TensorView& t, const TensorView& model) {
+    c.tensor(name, t, {model.shape[0], model.shape[1], model.shape[2], model.shape[3]});
+    c.dtype(name, t, {model.dtype});
+    c.dense_rows(name, t);
+  };
+  like("dout", a.dout, f.q);
+  like("dq", a.dq, f.q);
+  like("dk", a.dk, f.k);
+  like("dv", a.dv, f.v);
+  if (!a.dbias) return;
+  c.require(f.attn_bias && f.attn_bias.dtype != DType::boolean,
+            "dbias needs an attn_bias that is added");
+  c.dtype("dbias", a.dbias, {f.attn_bias.dtype});
+  c.require(a.dbias.ndim == 4, "dbias must have 4 dimensions");
+  for (int d = 0; d < 4; ++d)
+    c.require(a.dbias.shape[d] == f.attn_bias.shape[d] || a.dbias.shape[d] == 1,
+              "dbias must have the sizes of attn_bias or 1");
 }
 
 }  // namespace cgpt
@@ -74,4 +116,5 @@ inline void attention_check(const AttentionArgs& a, Device device = Device::cpu)
 
 namespace cgpt {
 CGPT_CPU_ENTRY(attention_fwd, AttentionArgs)
+CGPT_CPU_ENTRY(attention_bwd, AttentionBwdArgs)
 }  // namespace cgpt

@@ -1,6 +1,8 @@
 // Attention against a double-precision loop, on every tier of this machine, without Python.
 #include "attention.h"
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -60,8 +62,8 @@ std::vector<T> narrow(const std::vector<float>& from) {
 template <class T>
 struct Problem {
   Case c;
-  std::vector<T> q, k, v, out;
-  std::vector<float> bias, slopes, lse;
+  std::vector<T> q, k, v, out, dout, dq, dk, dv;
+  std::vector<float> bias, slopes, lse, row_stats, dbias;
   std::vector<uint8_t> padding;
   uint64_t seed = 0x123456789abcdefull;
 
@@ -76,6 +78,9 @@ struct Problem {
     bias = draw(c.B * c.H * c.S_q * c.S_k, 4), slopes = draw(c.H, 5);
     out = narrow<T>(std::vector<float>(q.size(), NAN));
     lse.assign(static_cast<size_t>(c.B * c.H * c.S_q), NAN);
+    row_stats.assign(2 * lse.size(), NAN);
+    dout = narrow<T>(draw(rows, 6));
+    dq = out, dk = dv = narrow<T>(std::vector<float>(k.size(), NAN));
     padding.assign(static_cast<size_t>(c.B * c.S_k), 0);
     for (size_t j = 0; j < padding.size(); ++j) padding[j] = j % 3 == 1;
   }
@@ -93,6 +98,7 @@ struct Problem {
     if (c.alibi) a.alibi_slopes = test::view(slopes, {c.H});
     a.out = test::view(out, {c.B, c.H, c.S_q, c.D});
     a.lse = test::view(lse, {c.B, c.H, c.S_q});
+    a.row_stats = test::view(row_stats, {c.B, c.H, c.S_q, 2});
     a.scale = 0.7f;
     a.causal = c.causal;
     a.dropout_p = c.dropout_p;
@@ -100,11 +106,34 @@ struct Problem {
     return a;
   }
 
-  // out and lse of row (b h, i) by the formula.
-  double row(int64_t bh, int64_t i, std::vector<double>& o) const {
+  // The gradient of the bias is summed over heads and queries, as that of one row of it would be.
+  AttentionBwdArgs bwd_args(bool with_stats) {
+    AttentionBwdArgs a;
+    a.fwd = args();
+    a.fwd.lse = {};
+    if (!with_stats) a.fwd.row_stats = {};
+    a.dout = test::view(dout, {c.B, c.H, c.S_q, c.D});
+    a.dq = test::view(dq, {c.B, c.H, c.S_q, c.D});
+    a.dk = test::view(dk, {c.B, c.H, c.S_k, c.D});
+    a.dv = test::view(dv, {c.B, c.H, c.S_k, c.D});
+    if (c.bias) {
+      dbias.assign(static_cast<size_t>(c.B * c.S_k), NAN);
+      a.dbias = test::view(dbias, {c.B, 1, 1, c.S_k});
+    }
+    return a;
+  }
+
+  double kept(int64_t bh, int64_t i, int64_t j) const {
+    const uint64_t e = static_cast<uint64_t>((bh * c.S_q + i) * c.S_k + j);
+    const bool dropped = c.dropout_p > 0 && random_word(seed, e) < c.dropout_p * 4294967296.0;
+    return dropped ? 0.0 : 1.0 / (1.0 - c.dropout_p);
+  }
+
+  // The logits of row (b h, i), -inf where it does not look; the largest one.
+  double logits(int64_t bh, int64_t i, std::vector<double>& z) const {
     const int64_t shift = c.S_k - c.S_q;
-    std::vector<double> z(static_cast<size_t>(c.S_k), -INFINITY);
-    double top = -INFINITY, sum = 0;
+    double top = -INFINITY;
+    z.assign(static_cast<size_t>(c.S_k), -INFINITY);
     for (int64_t j = 0; j < c.S_k; ++j) {
       if ((c.causal && j > i + shift) || (c.padding && padding[bh / c.H * c.S_k + j])) continue;
       z[j] = 0;
@@ -115,18 +144,55 @@ struct Problem {
       if (c.alibi) z[j] -= slopes[bh % c.H] * std::fabs(double(i + shift - j));
       top = std::fmax(top, z[j]);
     }
+    return top;
+  }
+
+  // out and lse of row (b h, i) by the formula.
+  double row(int64_t bh, int64_t i, std::vector<double>& o) const {
+    std::vector<double> z;
+    const double top = logits(bh, i, z);
+    double sum = 0;
     o.assign(static_cast<size_t>(c.D), 0);
     for (int64_t j = 0; j < c.S_k; ++j) {
       if (z[j] == -INFINITY) continue;
       const double p = std::exp(z[j] - top);
       sum += p;
-      const uint64_t e = static_cast<uint64_t>((bh * c.S_q + i) * c.S_k + j);
-      if (c.dropout_p > 0 && random_word(seed, e) < c.dropout_p * 4294967296.0) continue;
       for (int64_t d = 0; d < c.D; ++d)
-        o[d] += p / (1 - c.dropout_p) * widen(v[(bh * c.S_k + j) * c.D + d]);
+        o[d] += p * kept(bh, i, j) * widen(v[(bh * c.S_k + j) * c.D + d]);
     }
     for (double& x : o) x = sum > 0 ? x / sum : 0;
     return sum > 0 ? top + std::log(sum) : -INFINITY;
+  }
+
+  // All gradients by the formula.
+  void gradients(std::vector<double>& gq, std::vector<double>& gk, std::vector<double>& gv,
+                 std::vector<double>& gbias) const {
+    gq.assign(q.size(), 0), gk.assign(k.size(), 0), gv.assign(v.size(), 0);
+    gbias.assign(static_cast<size_t>(c.B * c.S_k), 0);
+    std::vector<double> z, o;
+    for (int64_t row_at = 0; row_at < c.B * c.H * c.S_q; ++row_at) {
+      const int64_t bh = row_at / c.S_q, i = row_at % c.S_q;
+      logits(bh, i, z);
+      const double lse = row(bh, i, o);
+      double delta = 0;
+      for (int64_t d = 0; d < c.D; ++d) delta += o[d] * widen(dout[row_at * c.D + d]);
+      for (int64_t j = 0; j < c.S_k; ++j) {
+        if (z[j] == -INFINITY) continue;
+        const double p = std::exp(z[j] - lse), keep = kept(bh, i, j);
+        const int64_t key = (bh * c.S_k + j) * c.D, query = row_at * c.D;
+        double dp = 0;
+        for (int64_t d = 0; d < c.D; ++d) {
+          dp += double(widen(dout[query + d])) * widen(v[key + d]);
+          gv[key + d] += p * keep * widen(dout[query + d]);
+        }
+        const double dz = p * (dp * keep - delta);
+        gbias[bh / c.H * c.S_k + j] += dz;
+        for (int64_t d = 0; d < c.D; ++d) {
+          gq[query + d] += 0.7f * dz * widen(k[key + d]);
+          gk[key + d] += 0.7f * dz * widen(q[query + d]);
+        }
+      }
+    }
   }
 };
 
@@ -148,6 +214,52 @@ void matches_the_formula(const Case& c) {
     for (int64_t d = 0; d < c.D; ++d)
       test::close(widen(problem.out[row * c.D + d]), o[d], sizeof(T) == 4 ? 1e-5 : 2e-2);
   }
+}
+
+// Largest error relative to the largest value, of fp32 or of values rounded to 8 bits on the way.
+template <class T>
+void all_close(const std::vector<T>& got, const std::vector<double>& expected, double tolerance) {
+  double scale = 0.1;
+  for (double x : expected) scale = std::fmax(scale, std::fabs(x));
+  for (size_t i = 0; i < got.size(); ++i)
+    test::close(widen(got[i]), expected[i], tolerance * scale);
+}
+
+template <class T>
+void gradients_match_the_formula(const Case& c) {
+  Problem<T> problem(c);
+  attention_fwd_cpu(problem.args());
+  std::vector<double> gq, gk, gv, gbias;
+  problem.gradients(gq, gk, gv, gbias);
+  const double tolerance = sizeof(T) == 4 ? 1e-5 : 2e-2;
+  for (bool with_stats : {true, false}) {
+    const AttentionBwdArgs args = problem.bwd_args(with_stats);
+    attention_bwd_check(args);
+    attention_bwd_cpu(args);
+    all_close(problem.dq, gq, tolerance);
+    all_close(problem.dk, gk, tolerance);
+    all_close(problem.dv, gv, tolerance);
+    if (c.bias) all_close(problem.dbias, gbias, tolerance);
+  }
+}
+
+// Heads are items of work where there are many, parts of a head where there are few.
+template <class T>
+void gradients_do_not_depend_on_threads(const Case& c) {
+  const int before = omp_get_max_threads();
+  Problem<T> problem(c);
+  attention_fwd_cpu(problem.args());
+  std::vector<std::vector<T>> first;
+  for (int threads : {1, 2, 3, 5}) {
+    omp_set_num_threads(threads);
+    attention_bwd_cpu(problem.bwd_args(true));
+    const std::vector<std::vector<T>> found{problem.dq, problem.dk, problem.dv};
+    if (first.empty()) first = found;
+    for (size_t n = 0; n < found.size(); ++n)
+      if (std::memcmp(found[n].data(), first[n].data(), found[n].size() * sizeof(T)) != 0)
+        test::failed("the number of threads changed a gradient");
+  }
+  omp_set_num_threads(before);
 }
 
 // What follows the visible keys cannot be seen, not even as NaN, in any bit.
@@ -183,6 +295,10 @@ void wrong_arguments_are_named() {
   a = p.args();
   a.dropout_p = 1.5;
   test::throws("attention: dropout_p must be in [0, 1], got 1.500000", [&] { attention_check(a); });
+  AttentionBwdArgs b = p.bwd_args(true);
+  b.dk.shape[2] = 3;
+  test::throws("attention: dk must have shape (1, 2, 4, 5), got (1, 2, 3, 5)",
+               [&] { attention_bwd_check(b); });
 }
 
 }  // namespace
@@ -207,6 +323,11 @@ int main() {
         {1, 2, 5, 0, 4},  // no keys at all
     };
     for (const Case& c : cases) matches_the_formula<float>(c), matches_the_formula<bf16>(c);
+    for (const Case& c : cases)
+      gradients_match_the_formula<float>(c), gradients_match_the_formula<bf16>(c);
+    for (const Case& c :
+         {Case{1, 2, 37, 2100, 8}, Case{1, 1, 1300, 1300, 8}, Case{2, 3, 40, 40, 8}})
+      gradients_do_not_depend_on_threads<float>(c), gradients_do_not_depend_on_threads<bf16>(c);
     for (int64_t S : {3, 61, 300})
       future_keys_leave_no_trace<float>(S, 24), future_keys_leave_no_trace<bf16>(S, 24);
   });

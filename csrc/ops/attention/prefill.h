@@ -12,9 +12,8 @@
 // FLOPs: 4 D per visible (query, key). Traffic: K and V once per item of up to kItemRows rows.
 #pragma once
 
-#include "../../cpu/block_gemm.h"
 #include "../../cpu/scratch.h"
-#include "softmax.h"
+#include "scores.h"
 
 namespace cgpt::CGPT_TIER {
 
@@ -91,20 +90,6 @@ struct Prefill {
       }
     }
     return true;
-  }
-
-  // s = rows of q times the packed keys. One fp32 sum over a long D loses digits that eager's
-  // blocked multiplication keeps: parts of kSumD are added up.
-  void logits(const C* q_rows, int64_t count, int64_t keys) {
-    constexpr int64_t kSumD = 128;
-    if (sizeof(C) == 2 || D <= kSumD) {
-      block_gemm<C>(count, keys, D, q_rows, Dp, k, s, kBlockN, false);
-      return;
-    }
-    for (int64_t j = 0; j < keys; j += kNR)
-      for (int64_t d = 0; d < D; d += kSumD)
-        block_gemm<C>(count, min64(kNR, keys - j), min64(kSumD, D - d), q_rows + d, Dp,
-                      k + j * Dp + d * kNR, s + j, kBlockN, d > 0);
   }
 
   // Adds to o what clean_v left out, for the queries that see it.
@@ -237,7 +222,7 @@ struct Prefill {
         const bool first = !begun[r / kUnitM];
         for (int64_t i = r; i < r + strip; i += kUnitM) begun[i / kUnitM] = 1;
         float* o_rows = o + r * ldo;
-        logits(q + r * Dp, strip, round_up(n, kLanes));
+        scores<C>(strip, round_up(n, kLanes), D, q + r * Dp, Dp, k, s, kBlockN);
         if (rule.rewrites())
           strip_softmax<true>(rule, true, shared_add, first_row, strip, j0, n, room, first, o_rows,
                               m + r, l + r * kLanes);

@@ -335,6 +335,11 @@ inline void write_rows(const AttentionArgs& a, const LogitRule& rule, int64_t b,
       if (whole < D) store_n(out + whole, load_n(o + whole, D - whole) * f, D - whole);
     }
   }
+  if (a.row_stats) {
+    const int64_t* step = a.row_stats.strides;
+    float* to = a.row_stats.as<float>() + b * step[0] + h * step[1] + i0 * step[2];
+    for (int64_t i = 0; i < rows; ++i, to += step[2]) to[0] = m[i], to[step[3]] = sum[i];
+  }
   if (!a.lse) return;
   const int64_t* stride = a.lse.strides;
   float* lse = a.lse.as<float>() + b * stride[0] + h * stride[1] + i0 * stride[2];

@@ -19,6 +19,21 @@ struct LayerNormArgs {
   float eps = 1e-5f;
 };
 
+// xhat = (x - mean) * rstd, g = dy * weight: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),
+// dweight = sum over rows of dy * xhat, dbias of dy. Each of the three may be absent.
+struct LayerNormBwdArgs {
+  TensorView dy;       // [rows, C] T, any row stride
+  TensorView dtotal;   // [rows, C] T, added to dx before it is rounded; or none
+  TensorView x;        // [rows, C] T: what was normalised, the sum where there was a residual
+  TensorView weight;   // [C], T or fp32
+  TensorView mean;     // [rows] fp32
+  TensorView rstd;     // [rows] fp32
+  TensorView dx;       // [rows, C] T
+  TensorView dweight;  // [C], weight's dtype
+  TensorView dbias;    // [C], T or fp32
+  TensorView shares;   // [2, layer_norm_bwd_shares(rows), C] fp32 to work in, dense
+};
+
 }  // namespace cgpt
 
 #ifndef CGPT_TIER
@@ -64,10 +79,54 @@ inline void layer_norm_check(const LayerNormArgs& a, Device device = Device::cpu
     c.dense_rows(name, *t);
 }
 
+// Blocks of rows whose shares of dweight and dbias are added up at the end: a constant, so that the
+// same sums come out on every device.
+inline int64_t layer_norm_bwd_shares(int64_t rows) {
+  constexpr int64_t kMost = 256, kFewestRows = 8;
+  const int64_t shares = (rows + kFewestRows - 1) / kFewestRows;
+  return shares < kMost ? shares : kMost;
+}
+
+inline void layer_norm_bwd_check(const LayerNormBwdArgs& a, Device device) {
+  const Checker c{"layer_norm_bwd", device};
+  c.require(a.x && a.x.ndim == 2, "x must have shape (rows, C)");
+  const int64_t rows = a.x.shape[0], C = a.x.shape[1];
+  c.floating("x", a.x);
+  for (const auto& [name, t] :
+       {std::pair{"dy", &a.dy}, {"x", &a.x}, {"dtotal", &a.dtotal}, {"dx", &a.dx}}) {
+    if ((t == &a.dtotal || t == &a.dx) && !*t) continue;
+    c.tensor(name, *t, {rows, C});
+    c.dtype(name, *t, {a.x.dtype});
+    c.dense_rows(name, *t);
+  }
+  for (const auto& [name, t] : {std::pair{"mean", &a.mean}, {"rstd", &a.rstd}}) {
+    c.tensor(name, *t, {rows});
+    c.dtype(name, *t, {DType::f32});
+    c.dense_rows(name, *t);
+  }
+  c.tensor("weight", a.weight, {C});
+  c.dtype("weight", a.weight, {a.x.dtype, DType::f32});
+  for (const auto& [name, t] :
+       {std::pair{"weight", &a.weight}, {"dweight", &a.dweight}, {"dbias", &a.dbias}}) {
+    if (t != &a.weight && !*t) continue;
+    c.tensor(name, *t, {C});
+    c.dtype(name, *t, {a.x.dtype, DType::f32});
+    c.dense_rows(name, *t);
+  }
+  if (!a.dweight && !a.dbias) return;
+  const int64_t shares = layer_norm_bwd_shares(rows);
+  c.tensor("shares", a.shares, {2, shares, C});
+  c.dtype("shares", a.shares, {DType::f32});
+  c.require(a.shares.numel() == 0 || (a.shares.strides[2] == 1 && a.shares.strides[1] == C &&
+                                      a.shares.strides[0] == shares * C),
+            "shares must be dense");
+}
+
 }  // namespace cgpt
 #endif
 
 namespace cgpt {
 CGPT_CPU_ENTRY(layer_norm_fwd, LayerNormArgs)
 void layer_norm_fwd_cuda(const LayerNormArgs& args);  // where CUDA sources are built
+void layer_norm_bwd_cuda(const LayerNormBwdArgs& args);
 }  // namespace cgpt

@@ -6,16 +6,11 @@
 #include "../../cuda/device.cuh"
 #include "../../cuda/launch.h"
 #include "layer_norm.h"
+#include "layer_norm_bwd.cuh"
+#include "layer_norm_rows.cuh"
 
 namespace cgpt {
 namespace {
-
-using namespace cuda;
-
-// 256 threads: eight blocks fill the 2048 threads of a multiprocessor.
-constexpr int kThreads = 256;
-// Values of a row that one thread holds: 32 floats, or as many 16-bit values.
-constexpr int kHeld = 32;
 
 template <class T, class W>
 struct Params {
@@ -30,17 +25,6 @@ struct Params {
   int64_t rows, C, x_stride, residual_stride, y_stride, sum_stride;
   float eps;
 };
-
-struct Shared {
-  float scratch[kThreads / kWarp];
-};
-
-// The sum over the kSpan threads that share a row.
-template <int kSpan>
-__device__ inline float row_sum(float x) {
-  if constexpr (kSpan == kWarp) return warp_sum(x);
-  else return block_sum<kThreads>(x, shared<Shared>()->scratch);
-}
 
 template <class T, class W, int kSpan, bool kAligned>
 __global__ void __launch_bounds__(kThreads) layer_norm_fwd_kernel(const Params<T, W> p) {
@@ -179,6 +163,12 @@ void layer_norm_fwd_cuda(const LayerNormArgs& args) {
   if (args.x.dtype == DType::f32) launch_fwd<float, float>(args);
   if (args.x.dtype == DType::bf16) launch_weight<bf16>(args);
   if (args.x.dtype == DType::f16) launch_weight<f16>(args);
+}
+
+void layer_norm_bwd_cuda(const LayerNormBwdArgs& args) {
+  if (args.x.dtype == DType::f32) launch_bwd<float, float>(args);
+  if (args.x.dtype == DType::bf16) launch_bwd_weight<bf16>(args);
+  if (args.x.dtype == DType::f16) launch_bwd_weight<f16>(args);
 }
 
 }  // namespace cgpt
