@@ -1,8 +1,8 @@
 """The reference GPT: GPT-2's architecture in plain PyTorch, with nanoGPT's module names.
 
 Pre-LN blocks, learned positions, biases everywhere but in the LM head, the head tied to the token
-embedding, no dropout (Cerebras-GPT trains without). Every module is a standard torch module, so
-this file is what `replace` swaps kernels into and what the result is compared with.
+embedding, dropout off by default (Cerebras-GPT trains without). Every module is a standard torch
+module, so this file is what `replace` swaps kernels into and what the result is compared with.
 
 B batch, S new tokens, T all tokens (cached + new), C n_embd, H n_head, D = C / H, V vocab_size.
 
@@ -59,6 +59,8 @@ class GPTConfig:
     mup_embeddings_scale multiplies token + position embeddings; mup_width_scale (256 / n_embd)
     times mup_output_alpha multiplies the logits; mup_scale_qk_dot_by_d divides attention logits by
     D instead of sqrt(D). The defaults are the standard parametrisation.
+    embd_pdrop, attn_pdrop, resid_pdrop: probabilities of dropout in training, of the embeddings,
+    the attention weights and what c_proj adds to the residual stream.
     """
 
     vocab_size: int = 50257
@@ -76,6 +78,9 @@ class GPTConfig:
     mup_width_scale: float = 1.0
     mup_output_alpha: float = 1.0
     mup_scale_qk_dot_by_d: bool = False
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
 
     def __post_init__(self):
         if self.n_inner is None:
@@ -89,6 +94,10 @@ class GPTConfig:
                 f"GPTConfig: n_embd must be a multiple of n_head, got n_embd {self.n_embd} "
                 f"and n_head {self.n_head}"
             )
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"GPTConfig: {name} must be in [0, 1), got {value!r}")
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
                 f"GPTConfig: activation_function must be one of {', '.join(ACTIVATIONS)}, "
@@ -163,6 +172,8 @@ class GPTConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         # Defaults of transformers' GPT2Config, for files that leave fields out.
         base = {"n_positions": 1024, "n_layer": 12, "activation_function": "gelu_new"}
+        if kind == "gpt2":
+            base |= {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
         fields = base | {k: v for k, v in d.items() if k in known}
         if fields["activation_function"] == "gelu_pytorch_tanh":  # the same function
             fields["activation_function"] = "gelu_new"
@@ -184,8 +195,7 @@ class GPTConfig:
             }
         else:
             fields = {k: v for k, v in fields.items() if not k.startswith("mup_")}
-        rest = {"tie_word_embeddings": True, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return head | fields | rest | {"resid_pdrop": 0.0}
+        return head | fields | {"tie_word_embeddings": True}
 
 
 # Stands where GPT2Config demands a bool: GPT2LMHeadModel.from_pretrained would only warn about the
@@ -217,6 +227,11 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+def drop(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout in training; x itself where nothing is dropped, which F.dropout would copy."""
+    return F.dropout(x, p) if training and p else x
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over cached and new tokens; c_attn holds q, k and v side by side."""
 
@@ -226,6 +241,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.scale = config.attention_scale
+        self.attn_pdrop, self.resid_pdrop = config.attn_pdrop, config.resid_pdrop
         self.layer = layer
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -240,8 +256,10 @@ class CausalSelfAttention(nn.Module):
         causal = False
         if mask is None and S > 1:
             causal = True
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, C))
+        p = self.attn_pdrop if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=self.scale)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, S, C))
+        return drop(y, self.resid_pdrop, self.training)
 
 
 class MLP(nn.Module):
@@ -252,9 +270,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.n_inner)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd)
         self.activation = config.activation_function
+        self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+        y = self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+        return drop(y, self.resid_pdrop, self.training)
 
 
 class Block(nn.Module):
@@ -324,6 +344,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(input_ids) + self.transformer.wpe(position_ids)  # B S C
         if self.config.mup_embeddings_scale != 1.0:
             x = x * self.config.mup_embeddings_scale
+        x = drop(x, self.config.embd_pdrop, self.training)
         mask = _attention_mask(attention_mask, S, past, input_ids.device)
         for block in self.transformer.h:
             x = block(x, mask, cache)

@@ -446,7 +446,7 @@ def test_the_registered_op_casts_under_autocast(op):
     need_kernel(op)
     if op != "gemm":
         pytest.skip("one op shows the registration")
-    args = (torch.randn(3, 8), torch.randn(5, 8), None, None, None, "nk", False, "cpu")
+    args = (torch.randn(3, 8), torch.randn(5, 8), None, None, None, "nk", 0.0, None, False, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.ops.cgpt.gemm(*args)[0].dtype == torch.bfloat16
 

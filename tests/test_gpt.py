@@ -272,6 +272,25 @@ def test_published_mup_config_is_understood():
     assert all(config[k] == preset[k] for k in preset if k not in not_stated)
 
 
+def test_dropout_in_training_draws_as_transformers_does(hf_gpt2, tmp_path):
+    hf, ids = hf_gpt2(tmp_path, "gelu_new"), random_ids()
+    model = ck.GPT.from_pretrained(tmp_path)
+    assert model.config.resid_pdrop == hf.config.resid_pdrop == 0.1
+    outputs = []
+    for one in (hf.train(), model.train()):
+        torch.manual_seed(3)
+        out = one(ids)
+        outputs.append(out if isinstance(out, torch.Tensor) else out.logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs[1], model(ids)), "the next masks must be other ones"
+    torch.testing.assert_close(model.eval()(ids), hf.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_a_config_is_in_range():
+    with pytest.raises(ValueError, match=r"GPTConfig: attn_pdrop must be in \[0, 1\), got 1.0"):
+        dataclasses.replace(SMALL, attn_pdrop=1.0)
+
+
 def test_mup_forward_scales_embeddings_attention_and_logits():
     model = random_model(SMALL_MUP)
     plain = ck.GPT(dataclasses.replace(SMALL, mup_scale_qk_dot_by_d=True)).eval()

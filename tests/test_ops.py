@@ -48,7 +48,7 @@ def label(value):
 PATHS = {
     "layer_norm": ["odd_tail", "no_bias", "fp32_parameters"],
     "add_layer_norm": ["odd_tail", "fp32_parameters"],
-    "gemm": ["odd", "all_kn", "residual", "vector"],
+    "gemm": ["odd", "all_kn", "residual", "vector", "dropout_all"],
     "attention": ["packed", "decode_padded", "bias_qk", "bias_bool", "alibi", "dropout_all"],
     "linear_cross_entropy": ["bias", "ignored", "smoothing"],
 }
@@ -128,7 +128,9 @@ def library_calls(case, inputs, backend):
         args = (i["x"], i["residual"], i["weight"], i.get("bias"), 1e-5, backend)
         yield torch.ops.cgpt.add_layer_norm, args
     if case.op == "gemm":
-        options = (i["activation"], i["weight_layout"], True, backend)
+        p, seed = i.get("dropout_p", 0.0), i.get("seed")
+        seed = None if seed is None else torch.tensor(seed)
+        options = (i["activation"], i["weight_layout"], p, seed, True, backend)
         args = (i["x"], i["weight"], i.get("bias"), i.get("residual"), *options)
         yield torch.ops.cgpt.gemm, args
     if case.op == "attention":

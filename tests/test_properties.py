@@ -7,7 +7,7 @@ from cgpt_kernels import backends, ops
 from cgpt_kernels.ops import registry
 from cgpt_kernels.ops.attention import reference as attention_reference
 from cgpt_kernels.ops.attention.cases import AttentionCase
-from cgpt_kernels.ops.attention.philox import keep_mask, philox_4x32
+from cgpt_kernels.ops.philox import keep_mask, philox_4x32
 from cgpt_kernels.testing import run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -196,6 +196,27 @@ def test_dropout_statistics_follow_eager():
     assert ((ours.std(0) - spread).abs() <= 0.15 * spread + 1e-4).all()
 
 
+def test_residual_dropout_in_training_is_the_references_mask_for_mask():
+    found = []
+    for backend in ("eager", "cpu"):
+        model = make(attn_pdrop=0.2, resid_pdrop=0.3, embd_pdrop=0.1).train()
+        ck.replace(model, backend=backend)
+        torch.manual_seed(11)
+        found.append(gradients(model, use_cache=False))
+    (loss, grads), (ours, our_grads) = found
+    close(ours, loss)
+    for name, g in grads.items():
+        close(our_grads[name], g, 1e-4)
+
+
+def test_quantized_weights_leave_dropout_to_torch():
+    model = make(n_layer=1, attn_pdrop=0.0, resid_pdrop=0.3, embd_pdrop=0.0).train()
+    ck.replace(model, quantize="int8")
+    torch.manual_seed(7)
+    first = logits(model, tokens())
+    assert not torch.allclose(first, logits(model, tokens()))
+
+
 def test_checkpointed_dropout_repeats_its_mask():
     model = make(n_layer=1, attn_pdrop=0.4, resid_pdrop=0.3, embd_pdrop=0.0).train()
     ck.replace(model)

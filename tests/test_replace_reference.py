@@ -97,6 +97,46 @@ def test_loss_and_gradients_equal_eager():
         close(replaced_grads[name], g, 1e-4)
 
 
+def train(model, backend):
+    """Loss and gradients of one training step after `replace`, dropout drawn from seed 5."""
+    ck.replace(model, backend=backend)
+    torch.manual_seed(5)
+    loss = model(tokens(), targets=tokens())
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def test_dropout_in_training_is_the_references_mask_for_mask():
+    model = make(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3).train()
+    loss, grads = train(copy.deepcopy(model), "eager")
+    ours, our_grads = train(model, "cpu")
+    close(ours, loss)
+    for name, g in grads.items():
+        close(our_grads[name], g, 1e-4)
+    assert (model(tokens(), targets=tokens()) - ours).abs() > 1e-4, "the next masks are other ones"
+
+
+def test_dropout_statistics_follow_eager():
+    block = make(n_layer=1, attn_pdrop=0.3, resid_pdrop=0.2).train().transformer.h[0]
+    x = torch.randn(1, 6, 48).expand(3000, 6, 48)
+    with torch.no_grad():
+        eager = block(x, None, None)
+        ck.replace(block)
+        ours = block(x, None, None)
+    spread = eager.std(0)
+    error = (ours.mean(0) - eager.mean(0)).abs() / (spread * (2 / 3000) ** 0.5 + 1e-9)
+    assert error.max() < 6, "the means differ by more than six standard errors"
+    assert ((ours.std(0) - spread).abs() <= 0.15 * spread + 1e-4).all()
+
+
+def test_generate_hears_dropout_in_training():
+    model = make(resid_pdrop=0.5)
+    ck.replace(model)
+    assert reference_gpt.decoder_parts(model) is not None
+    model.train()
+    assert reference_gpt.decoder_parts(model) is None
+
+
 def test_state_checkpoint_clones_and_restore(tmp_path):
     model, ids = make(), tokens()
     eager = logits(model, ids)

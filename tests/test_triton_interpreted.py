@@ -10,8 +10,8 @@ import cgpt_kernels as ck
 from cgpt_kernels import backends, ops
 from cgpt_kernels.assets import TINY
 from cgpt_kernels.ops.attention.cases import AttentionCase
-from cgpt_kernels.ops.attention.philox import keep_mask
 from cgpt_kernels.ops.cross_entropy.cases import LinearCrossEntropyCase
+from cgpt_kernels.ops.philox import keep_mask
 from cgpt_kernels.testing import hold_to_rule
 
 if "triton" not in backends.runnable("layer_norm", "cpu"):

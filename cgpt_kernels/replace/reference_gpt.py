@@ -8,9 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from cgpt_kernels import decoder, ops
-from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention
+from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention, drop
 from cgpt_kernels.replace.swap import (
     Replaced,
+    drops,
     multiply,
     norm,
     norm_sum,
@@ -32,7 +33,8 @@ class FusedCausalSelfAttention(CausalSelfAttention, Replaced):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
         y = _heads(self, x, mask, cache, self.kernel_backend)
-        return project(self._modules["c_proj"], FusedLinear, y, self.kernel_backend)
+        y = project(self._modules["c_proj"], FusedLinear, y, self.kernel_backend)
+        return drop(y, self.resid_pdrop, self.training)
 
 
 class FusedMLP(MLP, Replaced):
@@ -40,7 +42,8 @@ class FusedMLP(MLP, Replaced):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _hidden(self, x, self.kernel_backend)
-        return project(self._modules["c_proj"], FusedLinear, y, self.kernel_backend)
+        y = project(self._modules["c_proj"], FusedLinear, y, self.kernel_backend)
+        return drop(y, self.resid_pdrop, self.training)
 
 
 class FusedBlock(Block, Replaced):
@@ -53,7 +56,7 @@ class FusedBlock(Block, Replaced):
         y = norm(parts["ln_1"], FusedLayerNorm, x, backend)
         if plain(attn, FusedCausalSelfAttention):
             y = _heads(attn, y, mask, cache, backend)
-            y, added = _project_add(attn._modules["c_proj"], y, x, backend)
+            y, added = _project_add(attn, y, x, backend)
         else:
             y, added = attn(y, mask, cache), False
         y, x = norm_sum(parts["ln_2"], FusedLayerNorm, y, added, x, backend)
@@ -61,16 +64,21 @@ class FusedBlock(Block, Replaced):
         if not plain(mlp, FusedMLP):
             return x + mlp(y)
         y = _hidden(mlp, y, backend)
-        y, added = _project_add(mlp._modules["c_proj"], y, x, backend)
+        y, added = _project_add(mlp, y, x, backend)
         return y if added else x + y
 
 
-def _project_add(linear, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
-    """(linear(x), whether residual was added to it)."""
+def _project_add(part, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
+    """(dropout(c_proj(x)) of the attention or MLP `part`, whether residual was added to it)."""
+    linear, p = part._modules["c_proj"], _dropout(part, part.resid_pdrop)
     by = product(linear, FusedLinear, x.dtype)
-    if by is None or residual.dtype is not x.dtype:
-        return linear(x), False
-    return multiply(by, x, backend, residual=residual), True
+    if by is None or residual.dtype is not x.dtype or (p and not drops(by)):
+        return drop(linear(x), p, True), False
+    return multiply(by, x, backend, residual=residual, dropout_p=p), True
+
+
+def _dropout(part, p: float) -> float:
+    return p if part.training else 0.0
 
 
 def _heads(attn, x: Tensor, mask: Tensor | None, cache, backend: str) -> Tensor:
@@ -84,7 +92,14 @@ def _heads(attn, x: Tensor, mask: Tensor | None, cache, backend: str) -> Tensor:
     # Without a mask the model means causal, and it makes a mask where S of more than one token
     # follow cached ones.
     y = ops.attention(
-        q, k, v, causal=mask is None, attn_bias=mask, scale=attn.scale, backend=backend
+        q,
+        k,
+        v,
+        causal=mask is None,
+        attn_bias=mask,
+        scale=attn.scale,
+        dropout_p=_dropout(attn, attn.attn_pdrop),
+        backend=backend,
     )
     return y.transpose(1, 2).reshape(B, S, C)
 
@@ -104,7 +119,7 @@ def decoder_parts(model) -> decoder.Parts | None:
     top, head, c = model.transformer, model._modules["lm_head"], model.config
     wte, wpe = table(top["wte"]), table(top["wpe"])
     norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear)
-    if wte is None or wpe is None or norm is None or head is None:
+    if wte is None or wpe is None or norm is None or head is None or _dropout(model, c.embd_pdrop):
         return None
     layers = [_decoder_layer(block) for block in top["h"]]
     if None in layers:
@@ -126,6 +141,8 @@ def _decoder_layer(block) -> decoder.Layer | None:
         and plain(attn, FusedCausalSelfAttention)
         and plain(mlp, FusedMLP)
         and block.kernel_backend in ("auto", "cpu")
+        and not _dropout(attn, attn.attn_pdrop or attn.resid_pdrop)
+        and not _dropout(mlp, mlp.resid_pdrop)
     ):
         return None
     found = (

@@ -27,7 +27,7 @@ from torch.nn.modules.module import (
 from cgpt_kernels import ops
 from cgpt_kernels.decoder import Projection
 from cgpt_kernels.ops.gemm import pack_weight
-from cgpt_kernels.replace.packing import current, packed
+from cgpt_kernels.replace.packing import current, given_up, packed
 
 # Weights whose memory an op may read. Subclasses (quantised, sharded) bring their own arithmetic.
 DENSE = frozenset((nn.Parameter, Tensor))
@@ -142,6 +142,21 @@ def idle(dropout: nn.Module) -> bool:
     return passes and unhooked(dropout)
 
 
+def dropout_probability(dropout: nn.Module) -> float | None:
+    """What an op may drop in place of a dropout module, 0.0 where it passes its input through; None
+    where the module must be called."""
+    if idle(dropout):
+        return 0.0
+    fused = type(dropout) is nn.Dropout and dropout.p < 1.0 and unhooked(dropout)
+    return dropout.p if fused else None
+
+
+def drops(by: Product) -> bool:
+    """Whether the product's op can also drop elements: by a plain weight alone. A packed one is for
+    inference, and beside LoRA factors torch's own dropout is the faster one."""
+    return by.linear.quantize is None and not given_up(by.linear) and by.lora is None
+
+
 def multiply(
     by: Product,
     x: Tensor,
@@ -149,10 +164,13 @@ def multiply(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """ops.gemm by a product's weight, or by its packed copy. x [..., K] -> [..., N]."""
     linear, weight = by.linear, by.weight
-    layout, copy = linear.weight_layout, packed(linear, weight, x, backend)
+    layout, copy = linear.weight_layout, None
+    if dropout_p == 0.0:  # packed copies are for inference
+        copy = packed(linear, weight, x, backend)
     if copy is not None:
         weight, layout = copy, "nk"
     return ops.gemm(
@@ -163,6 +181,7 @@ def multiply(
         residual=residual,
         lora=by.of(x).lora,
         weight_layout=layout,
+        dropout_p=dropout_p,
         backend=backend,
     )
 
@@ -203,8 +222,9 @@ def project_add(
     by = product(linear, cls, x.dtype)
     if by is None:
         return dropout(linear(x)), False
-    if idle(dropout) and residual.dtype is x.dtype:
-        return multiply(by, x, backend, residual=residual), True
+    p = dropout_probability(dropout)
+    if p is not None and residual.dtype is x.dtype and not (p and not drops(by)):
+        return multiply(by, x, backend, residual=residual, dropout_p=p), True
     return dropout(multiply(by, x, backend)), False
 
 

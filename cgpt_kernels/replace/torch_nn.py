@@ -16,6 +16,7 @@ from cgpt_kernels.replace.swap import (
     Product,
     Replaced,
     dense,
+    dropout_probability,
     idle,
     multiply,
     norm,
@@ -253,8 +254,10 @@ def _heads(mha, query, key, value, attn_mask, key_padding_mask, is_causal) -> Te
 def _add_out_proj(mha, heads: Tensor, residual: Tensor, dropout: nn.Module, backend: str):
     """(dropout1(out_proj(heads)), whether the residual was added to it)."""
     out = mha._modules["out_proj"]
-    if idle(dropout) and residual.dtype is heads.dtype:
-        return ops.gemm(heads, out.weight, out.bias, residual=residual, backend=backend), True
+    p = dropout_probability(dropout)
+    if p is not None and residual.dtype is heads.dtype:
+        options = {"residual": residual, "dropout_p": p, "backend": backend}
+        return ops.gemm(heads, out.weight, out.bias, **options), True
     return dropout(ops.gemm(heads, out.weight, out.bias, backend=backend)), False
 
 

@@ -247,4 +247,53 @@ inline void pack_a(const T* a, int64_t lda, int64_t M, int64_t K, C* dst, int64_
   }
 }
 
+// kLanes columns of the rows k0, k0 + 1, .. of a[K, M] (row stride lda), from column m on: vector r
+// holds one fp32 row, or two bf16 rows as pairs. Zero beyond K and M.
+template <class C, class T>
+CGPT_INLINE void load_square(const T* a, int64_t lda, int64_t k0, int64_t K, int64_t m, int64_t M,
+                             VecF (&square)[kLanes]) {
+  const T* p = a + k0 * lda + m;
+  if constexpr (sizeof(C) == 4) {
+    if (k0 + kLanes <= K && m + kLanes <= M) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kLanes; ++r) square[r] = load(p + r * lda);
+    } else {
+      for (int r = 0; r < kLanes; ++r) square[r] = k0 + r < K ? load_n(p + r * lda, M - m) : zero();
+    }
+  } else {
+#if CGPT_TIER_LEVEL >= 3
+    const __mmask16 columns = static_cast<__mmask16>(M - m >= 16 ? 0xffff : (1u << (M - m)) - 1);
+    const auto row = [&](int64_t r) {
+      return k0 + r < K ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, p + r * lda))
+                        : __m512i{};
+    };
+    for (int r = 0; r < kLanes; ++r)
+      square[r] =
+          bit_cast<VecF>(_mm512_or_si512(row(2 * r), _mm512_slli_epi32(row(2 * r + 1), 16)));
+#endif
+  }
+}
+
+// Copies the transpose of a[K, M] with row stride lda into dst[M, K] with row stride ldd, converted
+// and zero padded. ldd holds K padded to a multiple of 64 bytes, all of which are written.
+template <class C, class T>
+inline void pack_a_transposed(const T* a, int64_t lda, int64_t M, int64_t K, C* dst, int64_t ldd) {
+  constexpr int64_t step = KVec<C>::kWidth;
+  for (int64_t k0 = 0; k0 < K; k0 += step)
+    for (int64_t m = 0; m < M; m += kLanes) {
+      VecF square[kLanes];
+      load_square<C>(a, lda, k0, K, m, M, square);
+      transpose(square);
+      C* out = dst + m * ldd + k0;
+      const int64_t rows = M - m < kLanes ? M - m : kLanes;
+      if (rows == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) __builtin_memcpy(out + i * ldd, &square[i], sizeof(VecF));
+      } else {
+        for (int64_t i = 0; i < rows; ++i)
+          __builtin_memcpy(out + i * ldd, &square[i], sizeof(VecF));
+      }
+    }
+}
+
 }  // namespace cgpt::CGPT_TIER

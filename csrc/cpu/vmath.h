@@ -68,6 +68,23 @@ CGPT_INLINE VecF gelu_tanh(VecF x) {
   return x * sigmoid(inner * set1(1.5957691216057308f));
 }
 
+// d gelu / dx = Phi(x) + x phi(x). Beyond 20 the second term is 0, which x exp(-x^2 / 2) would miss
+// where x^2 overflows.
+CGPT_INLINE VecF gelu_slope(VecF x) {
+  const VecF c = min(set1(20.0f), max(set1(-20.0f), x));
+  const VecF phi = exp(c * c * set1(-0.5f)) * set1(0.39894228040143268f);
+  return fmadd(c, phi, fmadd(erf(c * set1(0.70710678118654752f)), set1(0.5f), set1(0.5f)));
+}
+
+// s + x s (1 - s) 2 u', s = sigmoid(2u), of x sigmoid(2u); s (1 - s) is 0 far before |x| = 20.
+CGPT_INLINE VecF gelu_tanh_slope(VecF x) {
+  const VecF c = min(set1(20.0f), max(set1(-20.0f), x)), square = c * c;
+  const VecF u2 = c * fmadd(square, set1(0.044715f), set1(1.0f)) * set1(1.5957691216057308f);
+  const VecF du2 = fmadd(square, set1(0.134145f), set1(1.0f)) * set1(1.5957691216057308f);
+  const VecF s = sigmoid(u2);
+  return fmadd(c * s * (set1(1.0f) - s), du2, s);
+}
+
 // NaN passes, as in torch.relu.
 CGPT_INLINE VecF relu(VecF x) { return max(zero(), x); }
 

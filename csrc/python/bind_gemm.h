@@ -11,6 +11,25 @@
 namespace cgpt::python {
 namespace {
 
+// A transposed view of a weight is the other layout, in place; whether it was one.
+bool read_as_other_layout(TensorView& w) {
+  if (w.ndim != 2 || w.strides[1] == 1 || w.strides[0] != 1) return false;
+  std::swap(w.shape[0], w.shape[1]);
+  std::swap(w.strides[0], w.strides[1]);
+  return true;
+}
+
+void check_and_run(GemmArgs args, Tensor x, Tensor residual) {
+  const Checker c{"gemm"};
+  c.require(!residual || same_leading(x, residual, 1, 1), [&] {
+    return "residual must have x's leading dimensions, got " + shape_text(residual);
+  });
+  if (read_as_other_layout(args.weight)) args.weight_kn = !args.weight_kn;
+  gemm_check(args);
+  const ReleaseGil release(args.y.numel() * args.x.shape[1]);
+  gemm_fwd_cpu(args);
+}
+
 // y, or a new one [..., N] like x where it is None.
 py::object gemm(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
                 const std::string& activation, bool weight_kn, const LowRankTerm& low_rank) {
@@ -22,22 +41,9 @@ py::object gemm(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::objec
   py::detail::make_caster<BorrowedTensor> caster;
   caster.load(out, true);
   const BorrowedTensor& y = caster;
-  GemmArgs args{rows_of(x), weight,  bias, rows_of(residual), rows_of(y), activation_of(activation),
-                weight_kn,  low_rank};
-  const Checker c{"gemm"};
-  c.require(!residual || same_leading(x, residual, 1, 1), [&] {
-    return "residual must have x's leading dimensions, got " + shape_text(residual);
-  });
-  TensorView& w = args.weight;
-  if (w.ndim == 2 && w.strides[1] != 1 && w.strides[0] == 1) {
-    // a transposed view is the other layout, in place
-    std::swap(w.shape[0], w.shape[1]);
-    std::swap(w.strides[0], w.strides[1]);
-    args.weight_kn = !weight_kn;
-  }
-  gemm_check(args);
-  const ReleaseGil release(args.y.numel() * args.x.shape[1]);
-  gemm_fwd_cpu(args);
+  check_and_run({rows_of(x), weight, bias, rows_of(residual), rows_of(y), activation_of(activation),
+                 weight_kn, low_rank},
+                x, residual);
   return out;
 }
 
@@ -52,6 +58,40 @@ py::object gemm_low_rank_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residu
                              float scale) {
   return gemm(x, weight, bias, residual, std::move(out), activation, weight_kn,
               {rows_of(u), v, scale});
+}
+
+// pre: [M, N] T or None, as in GemmArgs. dropout_p: in [0, 1).
+void gemm_fwd_training(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor y, Tensor pre,
+                       const std::string& activation, bool weight_kn, double dropout_p,
+                       uint64_t seed) {
+  check_and_run({rows_of(x),
+                 weight,
+                 bias,
+                 rows_of(residual),
+                 rows_of(y),
+                 activation_of(activation),
+                 weight_kn,
+                 {},
+                 rows_of(pre),
+                 dropout_p,
+                 seed},
+                x, residual);
+}
+
+// g: [M, N] T, working memory; needed with an activation or dropout. dx, dweight, dbias: None where
+// not wanted.
+void gemm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, Tensor g, Tensor dx, Tensor dweight,
+              Tensor dbias, const std::string& activation, bool weight_kn, double dropout_p,
+              uint64_t seed) {
+  GemmBwdArgs args{rows_of(dy),  rows_of(x), weight,
+                   rows_of(pre), rows_of(g), rows_of(dx),
+                   dweight,      dbias,      activation_of(activation),
+                   weight_kn,    weight_kn,  dropout_p,
+                   seed};
+  if (read_as_other_layout(args.weight)) args.weight_kn = !weight_kn;
+  gemm_bwd_check(args);
+  const ReleaseGil release(args.dy.numel() * args.x.shape[1]);
+  gemm_bwd_cpu(args);
 }
 
 // `bytes` zeroed bytes in huge pages, as a DLPack capsule that torch.from_dlpack takes over.
@@ -144,6 +184,8 @@ void packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::s
 inline void bind_gemm(py::module_& m) {
   m.def("gemm_fwd", &gemm_fwd);
   m.def("gemm_low_rank_fwd", &gemm_low_rank_fwd);
+  m.def("gemm_fwd_training", &gemm_fwd_training);
+  m.def("gemm_bwd", &gemm_bwd);
   m.def("allocate_buffer", &allocate_buffer);
   m.def("packed_bytes", &packed_bytes_of);
   m.def("pack_weight", &pack_weight);

@@ -19,8 +19,21 @@ void layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tenso
   layer_norm_fwd_cpu(args);
 }
 
+// dtotal, dx, dweight and dbias may be None.
+void layer_norm_bwd(Tensor dy, Tensor dtotal, Tensor x, Tensor weight, Tensor mean, Tensor rstd,
+                    Tensor dx, Tensor dweight, Tensor dbias) {
+  const LayerNormBwdArgs args{rows_of(dy), rows_of(dtotal), rows_of(x), weight, mean,
+                              rstd,        rows_of(dx),     dweight,    dbias};
+  layer_norm_bwd_check(args);
+  const ReleaseGil release(args.x.numel());
+  layer_norm_bwd_cpu(args);
+}
+
 }  // namespace
 
-inline void bind_layer_norm(py::module_& m) { m.def("layer_norm_fwd", &layer_norm_fwd); }
+inline void bind_layer_norm(py::module_& m) {
+  m.def("layer_norm_fwd", &layer_norm_fwd);
+  m.def("layer_norm_bwd", &layer_norm_bwd);
+}
 
 }  // namespace cgpt::python

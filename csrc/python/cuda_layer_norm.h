@@ -21,6 +21,7 @@ inline void bind_cuda_layer_norm(py::module_& m) {
           const LayerNormBwdArgs args{rows_of(dy), rows_of(dtotal), rows_of(x), weight, mean,
                                       rstd,        rows_of(dx),     dweight,    dbias,  shares};
           layer_norm_bwd_check(args, kCudaDevice);
+          layer_norm_bwd_shares_check(args, kCudaDevice);
           py::gil_scoped_release release;
           layer_norm_bwd_cuda(args);
         });

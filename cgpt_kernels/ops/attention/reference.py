@@ -9,7 +9,7 @@ Letters: B batch, H heads, S_q queries, S_k keys, D head size; i query, j key, s
 import torch
 from torch import Tensor
 
-from .philox import keep_mask
+from ..philox import keep_mask
 
 
 def visible_keys(

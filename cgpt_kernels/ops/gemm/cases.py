@@ -20,6 +20,7 @@ class GemmCase(Case):
     residual: bool = False
     layout: str = "nk"
     fp32_bias: bool = False
+    dropout_p: float = 0.0
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -39,6 +40,8 @@ class GemmCase(Case):
             given["bias"] = draw.normal(self.N, dtype=wide)
         if self.residual:
             given["residual"] = draw.normal(*self.rows, self.N)
+        if self.dropout_p:
+            given.update(dropout_p=self.dropout_p, seed=0x1234_5678_9ABC)
         return given
 
     def torch_call(self, inputs, wrap=lambda f: f):
@@ -53,6 +56,8 @@ class GemmCase(Case):
             if activation is not None:
                 tanh = "tanh" if activation == "gelu_tanh" else "none"
                 y = F.relu(y) if activation == "relu" else F.gelu(y, approximate=tanh)
+            if self.dropout_p:
+                y = F.dropout(y, self.dropout_p)
             return y if residual is None else y + residual
 
         product = wrap(product)
@@ -109,6 +114,27 @@ CASES = [
     GemmCase(name="residual", M=(2, 2, 5), N=24, K=40, residual=True, why="4-d x with residual"),
     GemmCase(name="long_k", M=6, N=18, K=2100, why="K beyond one block: partial sums carried on"),
     GemmCase(name="blocks", M=70, N=130, K=300, why="several blocks in every direction"),
+    GemmCase(name="dropout_odd", M=9, N=51, K=40, dropout_p=0.3, why="the shared mask, odd rows"),
+    GemmCase(
+        name="dropout_all",
+        M=(3, 7),
+        N=70,
+        K=48,
+        activation="gelu",
+        residual=True,
+        layout="kn",
+        dropout_p=0.5,
+        why="dropout between activation and residual",
+    ),
+    GemmCase(
+        name="dropout_wide",
+        M=2,
+        N=1100,
+        K=8,
+        activation="relu",
+        dropout_p=0.1,
+        why="a row of random words longer than one buffer",
+    ),
     GemmCase(name="vocabulary", M=3, N=50257, K=16, bias=False, why="odd vocabulary, odd rows"),
     *_model("111m_decode", 1, 768, "111M, one token"),
     *_model("111m_batch_4", 4, 768, "111M, four sequences decoded at once"),

@@ -28,7 +28,7 @@ from ..dispatch import (
     undisturbed,
 )
 from . import reference
-from .backward import gemm_bwd
+from .backward import gemm_bwd_cpu
 from .packed import PackedWeight
 
 _C = backends._C
@@ -232,9 +232,8 @@ class _LoraGemm(torch.autograd.Function):
             dB = _plain((u.view(M, rank).t() * scale).contiguous(), wide, True).t()  # [N, r]
         dweight = dbias = None
         if need_w or need_b:
-            empty = x.new_empty(0)
-            wanted = (False, need_w, need_b)
-            _, dweight, dbias = gemm_bwd(g, x, weight, bias, empty, None, weight_layout, wanted)
+            how = None, weight_layout, 0.0, None, (False, need_w, need_b)
+            _, dweight, dbias = gemm_bwd_cpu(g, x, weight, bias, None, *how)
         return (
             dx,
             dweight if need_w else None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import backends, checks
 from ..dispatch import REFUSALS, as_rows, autocast_dtype, cast, choose, define, undisturbed
+from ..philox import check_dropout
 from . import reference
 
 FORMATS = ("f32", "bf16", "f16", "int8", "int4")
@@ -131,6 +132,8 @@ def gemm(
     residual: Tensor | None,
     activation: str | None,
     weight_layout: str,
+    dropout_p: float,
+    seed: int | None,
     backend: str,
 ) -> Tensor:
     """ops.gemm where the weight is packed; the arguments are ops.gemm's."""
@@ -138,6 +141,8 @@ def gemm(
         _C is not None
         and backend in ("auto", "cpu")
         and weight_layout == "nk"
+        and dropout_p == 0.0
+        and seed is None
         and undisturbed()
         and not _wants_gradient(x, bias, residual)
         and (residual is None or residual.shape[:-1] == x.shape[:-1])
@@ -149,6 +154,12 @@ def gemm(
     if weight_layout != "nk":
         raise ValueError(
             "gemm: weight_layout belongs to pack_weight where the weight is packed; leave it out"
+        )
+    check_dropout("gemm", dropout_p, seed)
+    if dropout_p > 0.0:
+        raise ValueError(
+            f"gemm: dropout_p must be 0 with a packed weight, which is for inference, "
+            f"got {dropout_p}; pass the weight itself"
         )
     late_residual = None
     narrow = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None

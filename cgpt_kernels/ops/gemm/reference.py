@@ -1,8 +1,10 @@
-"""Matrix product, bias, activation, residual in plain PyTorch: what every backend is held to."""
+"""Product, bias, activation, dropout, residual in plain PyTorch: what every backend is held to."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..philox import keep_mask
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 LAYOUTS = ("nk", "kn")
@@ -27,8 +29,10 @@ def gemm(
     activation: str | None,
     weight_layout: str,
     lora: tuple | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
-    """activation(x W^T + bias) + residual, with lora scale (x' A^T) B^T added to the product.
+    """dropout(activation(x W^T + bias)) + residual, with lora scale (x' A^T) B^T in the product.
 
     Args:
         x: [..., K], any floating dtype T.
@@ -36,6 +40,7 @@ def gemm(
         bias: [N], T or fp32.
         residual: [..., N], T.
         lora: (A [r, K], B [N, r], scale, x' [..., K] or None for x), A and B in T or fp32.
+        dropout_p, seed: of `dropout`; seed None with dropout_p 0 only.
     Returns:
         [..., N] in T.
     """
@@ -48,8 +53,19 @@ def gemm(
         A, B, scale, x_low = lora
         low = F.linear(F.linear((x if x_low is None else x_low).to(A.dtype), A), B)
         y = (y + low * scale).to(x.dtype)
-    y = activate(y, activation)
+    y = dropout(activate(y, activation), dropout_p, seed)
     return y if residual is None else y + residual
+
+
+def dropout(y: Tensor, dropout_p: float, seed: int | Tensor | None) -> Tensor:
+    """y where the shared mask keeps it, times 1 / (1 - dropout_p), else 0; its own gradient too.
+
+    Element e of y [..., N], counted in order, is element e of the mask.
+    """
+    if dropout_p == 0.0:
+        return y
+    keep = keep_mask(0, y.numel(), dropout_p, seed, y.device).view(y.shape)
+    return y * keep / (1.0 - dropout_p)
 
 
 PANEL = 32  # columns that lie together in a packed weight

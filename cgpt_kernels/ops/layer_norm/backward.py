@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from ... import backends
+from ..dispatch import as_rows, dense_last
+
+_kernel = getattr(backends._C, "layer_norm_bwd", None)
+
 
 def layer_norm_bwd(
     dy: Tensor,
@@ -48,4 +53,37 @@ def layer_norm_bwd(
         dx if need[0] else x.new_empty(0),
         dweight.to(weight.dtype) if need[1] else weight.new_empty(0),
         dbias.to(bias.dtype) if need[2] and bias is not None else weight.new_empty(0),
+    )
+
+
+def layer_norm_bwd_cpu(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """layer_norm_bwd by the CPU kernel."""
+    rows = as_rows(x)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else None
+    dweight = weight.new_empty(weight.shape) if need[1] else None
+    dbias = bias.new_empty(bias.shape) if need[2] and bias is not None else None
+    _kernel(
+        as_rows(dy),
+        None if dtotal is None else as_rows(dtotal),
+        rows,
+        dense_last(weight),
+        mean,
+        rstd,
+        None if dx is None else dx.view(rows.shape),
+        dweight,
+        dbias,
+    )
+    return (
+        x.new_empty(0) if dx is None else dx,
+        weight.new_empty(0) if dweight is None else dweight,
+        weight.new_empty(0) if dbias is None else dbias,
     )

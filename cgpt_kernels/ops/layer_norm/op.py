@@ -24,7 +24,7 @@ from ..dispatch import (
     with_numpy,
 )
 from . import reference
-from .backward import layer_norm_bwd
+from .backward import layer_norm_bwd, layer_norm_bwd_cpu
 
 LAYER_NORM = backends.Op("layer_norm", "layer_norm", "layer_norm_fwd")
 ADD_LAYER_NORM = backends.Op("add_layer_norm", "layer_norm", "layer_norm_fwd")
@@ -187,7 +187,7 @@ def _forward(kernel, x, residual, weight, bias, eps):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """layer_norm, or add_layer_norm where residual is given."""
+    """layer_norm on the CPU kernel, or add_layer_norm where residual is given."""
 
     @staticmethod
     def forward(ctx, kernel, x, residual, weight, bias, eps):
@@ -203,7 +203,7 @@ class _LayerNorm(torch.autograd.Function):
         if dy is None:
             return None, dtotal, dtotal, None, None, None
         need = (need_x or need_residual, need_weight, need_bias)
-        dx, dweight, dbias = layer_norm_bwd(dy, dtotal, *ctx.saved_tensors, need)
+        dx, dweight, dbias = layer_norm_bwd_cpu(dy, dtotal, *ctx.saved_tensors, need)
         return (
             None,
             dx if need_x else None,
@@ -282,6 +282,8 @@ def _backward_add(ctx, dy, dtotal, dmean, drstd):
 
 
 def _run_bwd(dy, dtotal, x, weight, bias, mean, rstd, need, backend):
+    if backend == "cpu":
+        return layer_norm_bwd_cpu(dy, dtotal, x, weight, bias, mean, rstd, need)
     bwd = backends.own("layer_norm", backend, "layer_norm_bwd") or layer_norm_bwd
     return bwd(dy, dtotal, x, weight, bias, mean, rstd, need)
 

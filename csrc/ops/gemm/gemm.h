@@ -1,5 +1,5 @@
-// y = activation(x W^T + scale u v^T + bias) + residual: the contract that every backend's gemm
-// keeps.
+// y = dropout(activation(x W^T + scale u v^T + bias)) + residual and its gradients: the contract
+// that every backend's gemm keeps.
 #pragma once
 
 #include "../../common/tensor_view.h"
@@ -25,6 +25,29 @@ struct GemmArgs {
   Activation activation = Activation::none;  // gelu is the erf form, gelu_tanh the tanh form
   bool weight_kn = false;
   LowRankTerm low_rank{};  // CPU only
+  // For a backward: receives [M, N] T, the values before the activation, which is then applied to
+  // those rounded values; or none.
+  TensorView pre{};
+  // Element (i, n) is element i * N + n of csrc/cpu/philox.h's mask; survivors grow by 1 / (1 - p).
+  double dropout_p = 0.0;  // in [0, 1)
+  uint64_t seed = 0;
+};
+
+// g = dropout(dy) * activation'(pre), then dx = g W, dweight = g^T x, dbias = column sums of g.
+struct GemmBwdArgs {
+  TensorView dy;       // [M, N] T, any row stride
+  TensorView x;        // [M, K] T
+  TensorView weight;   // [N, K], or [K, N] where weight_kn; looked at for dx only
+  TensorView pre;      // [M, N] T as the forward left it; none where there is no activation
+  TensorView g;        // [M, N] T, working memory; needed with an activation or dropout
+  TensorView dx;       // [M, K] T, or none: not wanted
+  TensorView dweight;  // [N, K], or [K, N] where dweight_kn; T; or none
+  TensorView dbias;    // [N], T or fp32, or none
+  Activation activation = Activation::none;
+  bool weight_kn = false;
+  bool dweight_kn = false;  // differs from weight_kn where weight is a transposed view
+  double dropout_p = 0.0;
+  uint64_t seed = 0;
 };
 
 }  // namespace cgpt
@@ -56,6 +79,10 @@ inline void low_rank_check(const Checker& c, const LowRankTerm& t, int64_t M, in
             "v must have a stride of 1 in one of its dimensions");
 }
 
+inline void dropout_check(const Checker& c, double p) {
+  c.require(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got " + std::to_string(p));
+}
+
 inline void gemm_check(const GemmArgs& a, Device device = Device::cpu) {
   const Checker c{"gemm", device};
   c.require(a.x && a.x.ndim == 2, "x must have shape (M, K)");
@@ -76,13 +103,49 @@ inline void gemm_check(const GemmArgs& a, Device device = Device::cpu) {
     c.tensor("residual", a.residual, {M, N});
     c.dtype("residual", a.residual, {a.x.dtype});
   }
+  if (a.pre) {
+    c.tensor("pre", a.pre, {M, N});
+    c.dtype("pre", a.pre, {a.x.dtype});
+  }
+  dropout_check(c, a.dropout_p);
   for (const auto& [name, t] : {std::pair{"x", &a.x},
                                 {"weight", &a.weight},
                                 {"bias", &a.bias},
                                 {"residual", &a.residual},
-                                {"y", &a.y}})
+                                {"y", &a.y},
+                                {"pre", &a.pre}})
     c.dense_rows(name, *t);
   low_rank_check(c, a.low_rank, M, N, a.x.dtype);
+}
+
+inline void gemm_bwd_check(const GemmBwdArgs& a) {
+  const Checker c{"gemm_bwd"};
+  c.require(a.x && a.x.ndim == 2, "x must have shape (M, K)");
+  c.require(a.dy && a.dy.ndim == 2, "dy must have shape (M, N)");
+  const int64_t M = a.x.shape[0], K = a.x.shape[1], N = a.dy.shape[1];
+  c.floating("x", a.x);
+  const auto matrix = [&](const char* name, const TensorView& t, int64_t rows, int64_t columns) {
+    c.tensor(name, t, {rows, columns});
+    c.dtype(name, t, {a.x.dtype});
+    c.dense_rows(name, t);
+  };
+  matrix("x", a.x, M, K);
+  matrix("dy", a.dy, M, N);
+  if (a.dx) {
+    matrix("dx", a.dx, M, K);
+    if (a.weight_kn) matrix("weight", a.weight, K, N);
+    else matrix("weight", a.weight, N, K);
+  }
+  if (a.dweight && a.dweight_kn) matrix("dweight", a.dweight, K, N);
+  if (a.dweight && !a.dweight_kn) matrix("dweight", a.dweight, N, K);
+  if (a.dbias) {
+    c.tensor("dbias", a.dbias, {N});
+    c.dtype("dbias", a.dbias, {a.x.dtype, DType::f32});
+    c.dense_rows("dbias", a.dbias);
+  }
+  dropout_check(c, a.dropout_p);
+  if (a.activation != Activation::none) matrix("pre", a.pre, M, N);
+  if (a.activation != Activation::none || a.dropout_p > 0.0) matrix("g", a.g, M, N);
 }
 
 }  // namespace cgpt
@@ -90,4 +153,5 @@ inline void gemm_check(const GemmArgs& a, Device device = Device::cpu) {
 
 namespace cgpt {
 CGPT_CPU_ENTRY(gemm_fwd, GemmArgs)
+CGPT_CPU_ENTRY(gemm_bwd, GemmBwdArgs)
 }  // namespace cgpt

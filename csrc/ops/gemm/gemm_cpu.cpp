@@ -1,4 +1,5 @@
-// y = activation(x W^T + scale u v^T + bias) + residual on CPU.
+// y = dropout(activation(x W^T + scale u v^T + bias)) + residual on CPU, and its gradients
+// (gemm_backward.h).
 //
 // Few rows of x (gemm_skinny.h): the weights are streamed once and used as they lie. 2 M N K FLOPs
 // over K N sizeof(T) bytes: the bound is memory bandwidth.
@@ -10,7 +11,7 @@
 #include "../../cpu/block_gemm.h"
 #include "../../cpu/parallel.h"
 #include "../../cpu/scratch.h"
-#include "gemm_epilogue.h"
+#include "gemm_backward.h"
 #include "gemm_skinny.h"
 
 namespace cgpt::CGPT_TIER {
@@ -24,6 +25,8 @@ constexpr int64_t kBlockK = kUsesAmx<C> ? 768 : 3072 / static_cast<int64_t>(size
 template <class C>
 constexpr int64_t kGroupRows = kUsesAmx<C> ? 128 : kMR;
 constexpr int64_t kPackRows = 8;
+// Columns of x^T packed at once: whole cache lines of x's rows, whole register tiles.
+constexpr int64_t kTransposedRows = kUsesAmx<bf16> ? 128 : 8 * kMR;
 // Rows accumulated in fp32 scratch while W's blocks of K pass.
 constexpr int64_t kChunkRows = 512;
 
@@ -80,8 +83,9 @@ void packed(const GemmProblem<T>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
   block_panels = block_panels < 1 ? 1 : smaller(block_panels, panels);
   block_panels = divide_up(panels, divide_up(panels, block_panels));
   const int64_t block_n = block_panels * kNR;
-  const int64_t groups = divide_up(m1 - m0, kGroupRows<C>);
-  const int64_t group = kUsesAmx<C> ? kGroupRows<C> : divide_up(m1 - m0, groups);
+  const int64_t group_rows = p.x_transposed ? kTransposedRows : kGroupRows<C>;
+  const int64_t groups = divide_up(m1 - m0, group_rows);
+  const int64_t group = kUsesAmx<C> ? group_rows : divide_up(m1 - m0, groups);
   const int64_t chunk = k_blocks == 1 ? group : divide_up(kChunkRows, group) * group;
 
   C* b = scratch<C>(0, block_k * block_n);
@@ -97,12 +101,18 @@ void packed(const GemmProblem<T>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
           pack_b(p.weight + k0 * stride_k + n * stride_n, stride_k, stride_n, depth, columns, b);
         for (int64_t i = i0; i < i1; i += group) {
           const int64_t rows = smaller(group, i1 - i);
-          float* out = c + (i - i0) * block_n;
-          pack_a(p.x + i * p.ldx + k0, p.ldx, rows, depth, a, lda);
-          block_gemm(rows, columns, depth, a, lda, b, out, block_n, kb > 0);
-          if (kb + 1 < k_blocks) continue;
-          add_low_rank(p.low_rank, i, rows, n, columns, out, block_n);
-          finish(p, i, rows, n, columns, out, block_n);
+          if (p.x_transposed) pack_a_transposed(p.x + k0 * p.ldx + i, p.ldx, rows, depth, a, lda);
+          else pack_a(p.x + i * p.ldx + k0, p.ldx, rows, depth, a, lda);
+          // One register tile's sums at a time, so that they are finished in L1.
+          const int64_t parts = divide_up(rows, kGroupRows<C>);
+          for (int64_t part = 0; part < parts; ++part) {
+            const int64_t r = rows * part / parts, height = rows * (part + 1) / parts - r;
+            float* out = k_blocks == 1 ? c : c + (i - i0 + r) * block_n;
+            block_gemm(height, columns, depth, a + r * lda, lda, b, out, block_n, kb > 0);
+            if (kb + 1 < k_blocks) continue;
+            add_low_rank(p.low_rank, i + r, height, n, columns, out, block_n);
+            finish(p, i + r, height, n, columns, out, block_n);
+          }
         }
       }
     }
@@ -119,7 +129,7 @@ template <class T>
 void gemm_fwd_kernel(const GemmProblem<T>& p) {
   using C = compute_t<T>;
   if (p.M == 0 || p.N == 0) return;
-  const bool few_rows = p.M <= skinny_rows<T>(p.weight_kn);
+  const bool few_rows = p.M <= skinny_rows<T>(p.weight_kn) && !p.x_transposed;
   // Cycles on one thread: multiplication, or reading W at 16 bytes a cycle.
   const int64_t macs = kLanes * 4 / static_cast<int64_t>(sizeof(C)) / 4 * 4;
   const int64_t multiply = p.M * p.N * (p.K + 1) / macs;
@@ -135,7 +145,9 @@ void gemm_fwd_kernel(const GemmProblem<T>& p) {
   int64_t best_m = 1, best_n = 1, best = -1;
   for (int64_t m = 1; m <= smaller(threads, units_m); ++m) {
     const int64_t n = smaller(threads / m, units_n);
-    const int64_t cost = divide_up(units_n, n) * (divide_up(units_m, m) * unit_m + kPackRows);
+    const int64_t rows = divide_up(units_m, m) * unit_m;
+    // Transposing a row of x costs about as much as multiplying it by one panel.
+    const int64_t cost = divide_up(units_n, n) * (rows + kPackRows) + (p.x_transposed ? rows : 0);
     if (best < 0 || cost < best) best = cost, best_m = m, best_n = n;
   }
   parallel_ranges(best_m * best_n, kParallelGrain, [&](int64_t begin, int64_t end) {
@@ -151,12 +163,37 @@ void gemm_fwd_kernel(const GemmProblem<T>& p) {
   });
 }
 
+template <class T>
+void gemm_bwd_kernel(const GemmBwdArgs& a) {
+  const bool makes_g = a.activation != Activation::none || a.dropout_p > 0.0;
+  if (makes_g || a.dbias) gemm_bwd_g(GemmGradient<T>(a));
+  const TensorView& g = makes_g ? a.g : a.dy;
+  if (a.dx) {  // dx = g W: the forward with the weight's other layout
+    GemmArgs product{g, a.weight, {}, {}, a.dx};
+    product.weight_kn = !a.weight_kn;
+    gemm_fwd_kernel(GemmProblem<T>(product));
+  }
+  if (a.dweight) {  // g^T x, or x^T g
+    GemmArgs product{a.dweight_kn ? a.x : g, a.dweight_kn ? g : a.x, {}, {}, a.dweight};
+    product.weight_kn = true;
+    GemmProblem<T> p(product);
+    p.M = a.dweight.shape[0], p.K = g.shape[0], p.x_transposed = true;
+    gemm_fwd_kernel(p);
+  }
+}
+
 }  // namespace
 
 void gemm_fwd(const GemmArgs& a) {
   if (a.x.dtype == DType::f32) gemm_fwd_kernel(GemmProblem<float>(a));
   if (a.x.dtype == DType::bf16) gemm_fwd_kernel(GemmProblem<bf16>(a));
   if (a.x.dtype == DType::f16) gemm_fwd_kernel(GemmProblem<f16>(a));
+}
+
+void gemm_bwd(const GemmBwdArgs& a) {
+  if (a.x.dtype == DType::f32) gemm_bwd_kernel<float>(a);
+  if (a.x.dtype == DType::bf16) gemm_bwd_kernel<bf16>(a);
+  if (a.x.dtype == DType::f16) gemm_bwd_kernel<f16>(a);
 }
 
 }  // namespace cgpt::CGPT_TIER

@@ -1,5 +1,5 @@
 // y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimension, optionally after adding
-// a residual: the contract that every backend's layer_norm keeps.
+// a residual, and the gradients: the contract that every backend's layer_norm keeps.
 #pragma once
 
 #include "../../common/tensor_view.h"
@@ -22,16 +22,16 @@ struct LayerNormArgs {
 // xhat = (x - mean) * rstd, g = dy * weight: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),
 // dweight = sum over rows of dy * xhat, dbias of dy. Each of the three may be absent.
 struct LayerNormBwdArgs {
-  TensorView dy;       // [rows, C] T, any row stride
-  TensorView dtotal;   // [rows, C] T, added to dx before it is rounded; or none
-  TensorView x;        // [rows, C] T: what was normalised, the sum where there was a residual
-  TensorView weight;   // [C], T or fp32
-  TensorView mean;     // [rows] fp32
-  TensorView rstd;     // [rows] fp32
-  TensorView dx;       // [rows, C] T
-  TensorView dweight;  // [C], weight's dtype
-  TensorView dbias;    // [C], T or fp32
-  TensorView shares;   // [2, layer_norm_bwd_shares(rows), C] fp32 to work in, dense
+  TensorView dy;        // [rows, C] T, any row stride
+  TensorView dtotal;    // [rows, C] T, added to dx before it is rounded; or none
+  TensorView x;         // [rows, C] T: what was normalised, the sum where there was a residual
+  TensorView weight;    // [C], T or fp32
+  TensorView mean;      // [rows] fp32
+  TensorView rstd;      // [rows] fp32
+  TensorView dx;        // [rows, C] T
+  TensorView dweight;   // [C], weight's dtype
+  TensorView dbias;     // [C], T or fp32
+  TensorView shares{};  // CUDA: [2, layer_norm_bwd_shares(rows), C] fp32 to work in, dense
 };
 
 }  // namespace cgpt
@@ -87,7 +87,7 @@ inline int64_t layer_norm_bwd_shares(int64_t rows) {
   return shares < kMost ? shares : kMost;
 }
 
-inline void layer_norm_bwd_check(const LayerNormBwdArgs& a, Device device) {
+inline void layer_norm_bwd_check(const LayerNormBwdArgs& a, Device device = Device::cpu) {
   const Checker c{"layer_norm_bwd", device};
   c.require(a.x && a.x.ndim == 2, "x must have shape (rows, C)");
   const int64_t rows = a.x.shape[0], C = a.x.shape[1];
@@ -113,8 +113,12 @@ inline void layer_norm_bwd_check(const LayerNormBwdArgs& a, Device device) {
     c.dtype(name, *t, {a.x.dtype, DType::f32});
     c.dense_rows(name, *t);
   }
+}
+
+inline void layer_norm_bwd_shares_check(const LayerNormBwdArgs& a, Device device) {
   if (!a.dweight && !a.dbias) return;
-  const int64_t shares = layer_norm_bwd_shares(rows);
+  const Checker c{"layer_norm_bwd", device};
+  const int64_t C = a.x.shape[1], shares = layer_norm_bwd_shares(a.x.shape[0]);
   c.tensor("shares", a.shares, {2, shares, C});
   c.dtype("shares", a.shares, {DType::f32});
   c.require(a.shares.numel() == 0 || (a.shares.strides[2] == 1 && a.shares.strides[1] == C &&
@@ -127,6 +131,7 @@ inline void layer_norm_bwd_check(const LayerNormBwdArgs& a, Device device) {
 
 namespace cgpt {
 CGPT_CPU_ENTRY(layer_norm_fwd, LayerNormArgs)
+CGPT_CPU_ENTRY(layer_norm_bwd, LayerNormBwdArgs)
 void layer_norm_fwd_cuda(const LayerNormArgs& args);  // where CUDA sources are built
 void layer_norm_bwd_cuda(const LayerNormBwdArgs& args);
 }  // namespace cgpt

@@ -1,12 +1,10 @@
-// Layer norm on CPU, one row at a time, rows over threads.
+// Layer norm on CPU, one row at a time, rows over threads; gradients in layer_norm_backward.h.
 //
 // A row is read from memory once; the further passes over it (centred squares, normalise) find it
 // in L1: 5120 floats are 20 KB. Traffic: rows * C * sizeof(T), read and written once each (twice
 // each with a residual). The variance is the mean of centred squares: E[x^2] - E[x]^2 would lose
 // half the digits on rows with a large mean.
-#include "../../cpu/parallel.h"
-#include "../../cpu/simd.h"
-#include "layer_norm.h"
+#include "layer_norm_backward.h"
 
 namespace cgpt::CGPT_TIER {
 namespace {
@@ -84,12 +82,24 @@ void layer_norm_fwd_weight(const LayerNormArgs& a) {
   else layer_norm_fwd_kernel<T, T>(a);
 }
 
+template <class T>
+void layer_norm_bwd_weight(const LayerNormBwdArgs& a) {
+  if (a.weight.dtype == DType::f32) layer_norm_bwd_kernel<T, float>(a);
+  else layer_norm_bwd_kernel<T, T>(a);
+}
+
 }  // namespace
 
 void layer_norm_fwd(const LayerNormArgs& a) {
   if (a.x.dtype == DType::f32) layer_norm_fwd_weight<float>(a);
   if (a.x.dtype == DType::bf16) layer_norm_fwd_weight<bf16>(a);
   if (a.x.dtype == DType::f16) layer_norm_fwd_weight<f16>(a);
+}
+
+void layer_norm_bwd(const LayerNormBwdArgs& a) {
+  if (a.x.dtype == DType::f32) layer_norm_bwd_weight<float>(a);
+  if (a.x.dtype == DType::bf16) layer_norm_bwd_weight<bf16>(a);
+  if (a.x.dtype == DType::f16) layer_norm_bwd_weight<f16>(a);
 }
 
 }  // namespace cgpt::CGPT_TIER

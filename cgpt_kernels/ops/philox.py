@@ -6,6 +6,10 @@ Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 20
 import torch
 from torch import Tensor
 
+from .. import checks
+
+SEED_END = 2**63  # seeds are non-negative int64
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio, sqrt(3) - 1
@@ -53,3 +57,22 @@ def keep_mask(start: int, count: int, dropout_p: float, seed: int | Tensor, devi
     words = torch.stack(philox_4x32((groups & _MASK, groups >> 32, zero, zero), key), -1)
     offset = start - 4 * first
     return words.view(-1)[offset : offset + count] >= int(dropout_p * 2**32)
+
+
+def check_dropout(op: str, dropout_p: float, seed: int | None) -> None:
+    """Raise unless dropout_p lies in [0, 1) and seed is None or an int in [0, 2^63)."""
+    checks.in_range(op, "dropout_p", dropout_p, 0.0 <= dropout_p < 1.0, "in [0, 1)")
+    if seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"{op}: seed must be an int or None, got {type(seed).__name__}")
+        checks.in_range(op, "seed", seed, 0 <= seed < SEED_END, "in [0, 2^63)")
+
+
+def seed_tensor(dropout_p: float, seed: int | None) -> Tensor | None:
+    """The seed as a 0-d int64 tensor, so that a compiled graph draws anew at each call; None where
+    nothing is dropped. A seed of None is drawn from torch's default CPU generator."""
+    if dropout_p == 0.0:
+        return None  # torch's generator stays where it is
+    if seed is None:
+        return torch.randint(SEED_END - 1, (), dtype=torch.int64)
+    return torch.tensor(seed, dtype=torch.int64)
