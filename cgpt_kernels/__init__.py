@@ -1,6 +1,6 @@
 """Fused kernels for GPT-2-class models: `ck.replace(model)` and the ops below it."""
 
-from . import ops, quantize, wafer
+from . import ops, prune, quantize, wafer
 from .backends import explain
 from .doctor import doctor
 from .generate import generate
@@ -14,6 +14,7 @@ __all__ = [
     "explain",
     "generate",
     "ops",
+    "prune",
     "quantize",
     "replace",
     "restore",

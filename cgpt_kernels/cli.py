@@ -1,4 +1,4 @@
-"""The command line: `cgpt-kernels doctor | demo | generate | train | quantize | bench`.
+"""The command line: `cgpt-kernels doctor | demo | generate | train | quantize | prune | bench`.
 
 Results go to stdout; progress, rates and errors to stderr. An error is one line and exit code 2; a
 check that fails (outputs that disagree) is exit code 1.
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .prune.cli import app as prune_app
 from .train.cli import app as train_app
 from .wafer.cli import app as wafer_app
 
@@ -83,6 +84,7 @@ def main(
     cgpt-kernels generate --prompt 'def '  text from the shipped model
     cgpt-kernels bench gemm --dtype bf16   each case against eager, torch.compile and the bound
     cgpt-kernels quantize --out tiny-int8  a smaller checkpoint, and what it costs in loss
+    cgpt-kernels prune --out tiny-small    fewer MLP neurons, and what that costs in loss
     cgpt-kernels train texts/ --out run    a model from text, killed and resumed at will
     """
     if version:
@@ -452,7 +454,7 @@ def _bench_end_to_end(model: str, dtypes: list[str], threads: int | None, out: P
 
 
 app.add_typer(wafer_app, name="wafer", short_help="A modelled wafer-scale engine.")
-app.registered_commands += train_app.registered_commands
+app.registered_commands += train_app.registered_commands + prune_app.registered_commands
 
 
 # ---- what the commands share --------------------------------------------------------------------

@@ -20,7 +20,7 @@ FLOORS = [
     {"replace", "bench", "tune"},
     {"train"},
     {"generate", "quantize", "bench_e2e"},
-    {"doctor"},
+    {"doctor", "prune"},
     {"demo"},
     {"cli"},
 ]
