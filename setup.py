@@ -47,6 +47,8 @@ TIERS = {  # name: (level, flags); CMakeLists.txt has the same table, tests/test
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": TIERS["scalar"]}
 
+NVCC_FLAGS = "-std=c++20 -O3 -DNDEBUG -DCGPT_CUDA -Xcompiler -fPIC,-fvisibility=hidden".split()
+
 # Test-only modules of the CUDA sources compiled by g++, by the value of CGPT_CUDA: name, flags of
 # the kernels, flags of everything. The thread sanitizer's instrumentation is used, not its library:
 # csrc/cuda/shadow.cpp defines what it calls. They run where they were built, hence native.
@@ -158,8 +160,8 @@ def ninja_text(out, includes, nvcc):
         codes += [f"-gencode arch=compute_{a},code=sm_{a}" for a in others]
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} -MMD -MF $out.d -ccbin {cxx} -std=c++20 -O3 -DNDEBUG -DCGPT_CUDA"
-            f" --threads 0 -Xcompiler -fPIC,-fvisibility=hidden {' '.join(codes)} -c $in -o $out",
+            f"  command = {nvcc} -MMD -MF $out.d -ccbin {cxx} {' '.join(NVCC_FLAGS)}"
+            f" {' '.join(codes)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = NVCC $out",

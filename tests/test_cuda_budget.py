@@ -1,0 +1,178 @@
+"""Every CUDA kernel, compiled for two GPUs that need not be there.
+
+Held against tests/cuda_budget.json: registers and static shared memory at most what stands there,
+no spill, and the instructions that make a kernel fast where they stand there. The file is written
+by `python tests/test_cuda_budget.py`, or by the same with the names of some ops' folders; a change
+of the file belongs into the review of the change that made it.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = Path(__file__).with_name("cuda_budget.json")
+SOURCES = {p.parent.name: p for p in sorted(ROOT.glob("csrc/ops/*/*_cuda.cu"))}
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+# Name in the budget: what the disassembler shows.
+INSTRUCTIONS = {
+    "mma": r"\bHMMA\b",
+    "wgmma": r"\bHGMMA\b",
+    "ldmatrix": r"\bLDSM\b",
+    "copy_async_16": r"\bLDGSTS\S*\.128\b",
+    "load_16": r"\bLDG\S*\.128\b",
+    "store_16": r"\bSTG\S*\.128\b",
+}
+
+
+def setup_script():
+    spec = importlib.util.spec_from_file_location("cgpt_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toolkit(monkeypatch=None):
+    """nvcc and the flags of the build; skips where there is none."""
+    script = setup_script()
+    if monkeypatch:
+        monkeypatch.delenv("CGPT_CUDA", raising=False)
+    nvcc = script.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    return nvcc, script.NVCC_FLAGS
+
+
+def output_of(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def disassembler(nvcc):
+    """cuobjdump of the toolkit, or the one that comes with Triton; skips where there is none."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(Path(nvcc).parent))
+    if found is None:
+        triton = importlib.util.find_spec("triton")
+        folders = triton.submodule_search_locations if triton else []
+        beside = [Path(folder) / "backends/nvidia/bin/cuobjdump" for folder in folders]
+        found = next((str(path) for path in beside if path.exists()), None)
+    if found is None:
+        pytest.skip("cuobjdump is not installed, neither with CUDA nor with Triton")
+    return found
+
+
+def plain_names(mangled):
+    """Kernels as a reader writes them: without namespaces, arguments and the file's number."""
+    shown = output_of("c++filt", *mangled).splitlines()
+    names = {}
+    for symbol, name in zip(mangled, shown, strict=True):
+        name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|cgpt::|cuda::|^void ", "", name)
+        names[symbol] = re.sub(r"\([^()]*\)$", "", re.sub(r"\((?:int|bool)\)", "", name))
+    return names
+
+
+def compiled(op, architecture, nvcc, flags):
+    """{kernel: {"registers", "shared", "spills", "instructions"}} of one op's source."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "op.cubin"
+        command = [nvcc, *flags, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        report = output_of(*command, SOURCES[op], "-o", cubin)
+        code = output_of(disassembler(nvcc), "-sass", cubin)
+    found = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        symbol = part.split("'", 1)[0]
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[symbol] = {
+            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+            "shared": int(shared[1]) if shared else 0,
+            "spills": sum(map(int, re.findall(r"(\d+) bytes spill", part))),
+        }
+    for part in code.split("Function : ")[1:]:
+        symbol, body = part.split("\n", 1)
+        found[symbol.strip()]["instructions"] = [
+            name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, body)
+        ]
+    names = plain_names(sorted(found))
+    return {names[symbol]: row for symbol, row in sorted(found.items())}
+
+
+def version_of(nvcc):
+    return re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("op", SOURCES)
+def test_machine_code_stays_within_its_budget(op, architecture, monkeypatch):
+    nvcc, flags = toolkit(monkeypatch)
+    budget = json.loads(BUDGET.read_text())
+    allowed = budget["kernels"][op]
+    found = compiled(op, architecture, nvcc, flags)
+    assert sorted(found) == sorted(allowed), f"write it: python tests/test_cuda_budget.py {op}"
+    for kernel, code in found.items():
+        row = allowed[kernel][architecture]
+        what = f"{kernel} for {architecture}: {code}, budget {row}"
+        assert code["spills"] == 0, what
+        assert code["instructions"] == row["instructions"], what
+        if version_of(nvcc) == budget["nvcc"]:  # another one allocates registers its own way
+            assert code["registers"] <= row["registers"], what
+            assert code["shared"] <= row["shared"], what
+
+
+def test_kernels_of_16_bit_products_use_tensor_cores_and_16_byte_copies():
+    kernels = json.loads(BUDGET.read_text())["kernels"]["cross_entropy"]
+    for kernel, rows in kernels.items():
+        if "16, true" in kernel:
+            for architecture, row in rows.items():
+                assert {"mma", "ldmatrix", "copy_async_16"} <= {*row["instructions"]}, (
+                    f"{kernel} for {architecture}"
+                )
+
+
+def test_aligned_layer_norm_moves_16_bytes_at_a_time():
+    for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["layer_norm"].items():
+        if kernel.endswith(", true>"):
+            for architecture, row in rows.items():
+                assert {"load_16", "store_16"} <= {*row["instructions"]}, (
+                    f"{kernel} for {architecture}"
+                )
+
+
+def write(ops):
+    """Compile the ops anew; the others keep what stands."""
+    nvcc, flags = toolkit()
+    kernels = json.loads(BUDGET.read_text())["kernels"] if BUDGET.exists() else {}
+    for op in ops or SOURCES:
+        kernels[op] = {}
+        for architecture in ARCHITECTURES:
+            for kernel, code in compiled(op, architecture, nvcc, flags).items():
+                if code.pop("spills"):
+                    print(f"SPILLS: {kernel} for {architecture}", file=sys.stderr)
+                kernels[op].setdefault(kernel, {})[architecture] = code
+    text = ",\n".join(
+        f"  {json.dumps(op)}: {{\n"
+        + ",\n".join(
+            f"   {json.dumps(kernel)}: {{\n"
+            + ",\n".join(f"    {json.dumps(a)}: {json.dumps(row)}" for a, row in by_arch.items())
+            + "\n   }"
+            for kernel, by_arch in sorted(kernels[op].items())
+        )
+        + "\n  }"
+        for op in sorted(kernels)
+        if op in SOURCES
+    )
+    BUDGET.write_text(
+        f'{{\n "nvcc": {json.dumps(version_of(nvcc))},\n "kernels": {{\n{text}\n }}\n}}\n'
+    )
+
+
+if __name__ == "__main__":
+    write(sys.argv[1:])
