@@ -8,8 +8,8 @@ export OMP_WAIT_POLICY ?= passive
 
 # The Triton kernels on CPU tensors. Triton reads the variable once, hence a process of its own.
 INTERPRETED := tests/test_ops.py tests/test_properties.py tests/test_triton_interpreted.py
-# Minutes of ptxas in one file: both cores share its cases.
-BUDGET := tests/test_triton_budget.py
+# Minutes of ptxas in one file each: both cores share their cases.
+BUDGET := tests/test_triton_budget.py tests/test_cuda_budget.py
 
 # The CUDA sources compiled by g++ (csrc/cuda/device.cuh), once for each order of threads.
 SEEDS := 0 1 2
@@ -25,7 +25,7 @@ demo: build
 	$(BIN)/cgpt-kernels demo
 
 test: build cuda-host test-cuda
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore $(BUDGET) tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(BUDGET:%=--ignore %) tests
 	$(BIN)/python -m pytest -q -n 2 $(BUDGET)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -k triton $(INTERPRETED)
 

@@ -28,7 +28,7 @@ INSTRUCTIONS = {
     "wgmma": r"\bHGMMA\b",
     "ldmatrix": r"\bLDSM\b",
     "copy_async_16": r"\bLDGSTS\S*\.128\b",
-    "load_16": r"\bLDG\S*\.128\b",
+    "load_16": r"\bLDG(?!STS)\S*\.128\b",
     "store_16": r"\bSTG\S*\.128\b",
 }
 
@@ -114,7 +114,7 @@ def version_of(nvcc):
 def test_machine_code_stays_within_its_budget(op, architecture, monkeypatch):
     nvcc, flags = toolkit(monkeypatch)
     budget = json.loads(BUDGET.read_text())
-    allowed = budget["kernels"][op]
+    allowed = budget["kernels"].get(op, {})
     found = compiled(op, architecture, nvcc, flags)
     assert sorted(found) == sorted(allowed), f"write it: python tests/test_cuda_budget.py {op}"
     for kernel, code in found.items():
