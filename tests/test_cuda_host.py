@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cgpt_kernels.ops.attention import philox
+from cgpt_kernels.ops import philox
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "CGPT_CUDA=host python setup.py build_ext --inplace"
