@@ -101,6 +101,43 @@ def test_a_launch_after_a_misuse_is_as_good_as_new():
         assert torch.equal(out, x.roll(-1))
 
 
+WIDTHS = {"a row in a warp": 1000, "a row in a block": 3001, "a row in no registers": 8300}
+
+
+def layer_norm_gradients(x, dy, weight, mean, rstd):
+    (rows, C), made = x.shape, [torch.full_like(t, float("nan")) for t in (x, weight, weight)]
+    shares = torch.full((2, host.layer_norm_bwd_shares_cuda(rows), C), float("nan"))
+    host.layer_norm_bwd_cuda(dy, None, x, weight, mean, rstd, *made, shares)
+    return made
+
+
+@in_every_order
+@pytest.mark.parametrize("C", WIDTHS.values(), ids=WIDTHS)
+def test_layer_norm_of_every_class_of_widths(C):
+    x, dy = torch.randn(19, C), torch.randn(19, C)
+    weight, bias = torch.randn(C), torch.randn(C)
+    y, mean, rstd = torch.empty_like(x), torch.empty(19), torch.empty(19)
+    host.layer_norm_fwd_cuda(x, None, weight, bias, y, None, mean, rstd, 1e-5)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    truth = torch.nn.functional.layer_norm(leaves[0], (C,), *leaves[1:])
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5)
+    found = layer_norm_gradients(x, dy, weight, mean, rstd)
+    for grad, true in zip(found, torch.autograd.grad(truth, leaves, dy.double()), strict=True):
+        torch.testing.assert_close(grad.double(), true, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("C", WIDTHS.values(), ids=WIDTHS)
+def test_the_order_of_threads_changes_no_bit(C, monkeypatch):
+    x, dy = torch.randn(70, C), torch.randn(70, C)
+    weight, mean, rstd = torch.randn(C), x.mean(1), 1 / x.std(1)
+    monkeypatch.setenv("CGPT_CUDA_HOST_SEED", SEEDS[0])
+    wanted = layer_norm_gradients(x, dy, weight, mean, rstd)
+    for seed in SEEDS[1:]:
+        monkeypatch.setenv("CGPT_CUDA_HOST_SEED", seed)
+        found = layer_norm_gradients(x, dy, weight, mean, rstd)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
 def run(code, **env):
     return subprocess.run(
         [sys.executable, "-c", code],
