@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 
@@ -147,6 +148,30 @@ def test_a_resumed_run_needs_neither_its_text_nor_its_first_place(texts, tmp_pat
     run(Settings(**given | {"out": str(tmp_path / "b")}), resume=True)
     run(settings(texts, tmp_path / "c"))
     assert same(weights(tmp_path / "b" / "last"), weights(tmp_path / "c" / "last"))
+
+
+def test_resumed_fine_tuning_does_not_need_the_weights_it_began_with(texts, tmp_path):
+    run(settings(texts, tmp_path / "a"))
+    shutil.copytree(tmp_path / "a" / "last", tmp_path / "begun")
+    of_model = dict(model=str(tmp_path / "begun"), lr=None)
+    run(settings(texts, tmp_path / "b", **of_model))
+    alone = weights(tmp_path / "b" / "last")
+    shutil.rmtree(tmp_path / "begun")
+    shutil.rmtree(tmp_path / "b" / "step-00000006")  # as if it had been killed before
+    run(settings(texts, tmp_path / "b", **of_model), resume=True)
+    assert same(weights(tmp_path / "b" / "last"), alone)
+    log = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert max(line.get("learning_rate", 0) for line in log) < 3e-4  # a tenth of the usual
+
+
+def test_a_run_can_be_made_longer(texts, tmp_path):
+    run(settings(texts, tmp_path / "run", steps=4))
+    result = run(settings(texts, tmp_path / "run", steps=8), resume=True)
+    assert result.finished and result.step == 8
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["learning_rate"] for line in log if "loss" in line}
+    assert list(rates) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert rates[4] < rates[5] > rates[8] == pytest.approx(0.1 * 3e-3)
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(texts, tmp_path, monkeypatch):

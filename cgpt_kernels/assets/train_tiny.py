@@ -1,6 +1,6 @@
 """The shipped checkpoint: the text it learns from, and the command that trains it further.
 
-    python -m cgpt_kernels.assets.train_tiny --steps 6000 --resume
+    python -m cgpt_kernels.assets.train_tiny --steps 3800 --resume
 
 The text is what every Python installation carries: the standard library's sources and the language
 reference that pydoc shows. Names decide what is held out, so one Python version gives the same data
@@ -174,7 +174,7 @@ differs, since its files do.
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--out", type=Path, default=TINY, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, default=Path("build/train_tiny"), help="of the run")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")

@@ -95,6 +95,7 @@ def train_command(
     cgpt-kernels train book.txt --out run                    a small model, 20 tokens per parameter
     cgpt-kernels train texts/ --out run --resume             begins, or goes on after a kill
     cgpt-kernels train --out run --resume                    goes on with what the run was told
+    cgpt-kernels train --out run --resume --steps 9000       and makes it longer
     cgpt-kernels train 'src/**/*.py' --out run --width 192 --layers 6 --context 512 \\
         --vocab-size 4097 --mup --steps 3000 --dtype bf16
     cgpt-kernels train texts/ --out run --model cerebras-gpt-111m --batch 4 --accumulate 30
@@ -151,6 +152,8 @@ def train_command(
         "replay_share": replay_share if replay_share is not None or not replay else 0.1,
         "tensorboard": tensorboard,
     }
+    if "steps" in given or "tokens" in given:  # the one that is given replaces the other
+        given |= {"steps", "tokens"}
     before = loop.stored(out) if resume else None
     if before is not None:  # what was not given again is as it was
         settings = dataclasses.replace(before, **{n: told[n] for n in told if n in given})

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..gpt import GPTConfig
 from . import files as whole_files
 from .settings import Settings
 
@@ -186,7 +187,7 @@ def prepare(
 def _write(settings: Settings, vocab_size: int, folder: Path, told: Callable) -> None:
     train, held_out, skipped = _documents(settings.data, settings.held_out, settings.held_out_share)
     source = settings.tokenizer
-    if source is None and settings.model is not None and Path(settings.model).is_dir():
+    if source is None and settings.model not in (None, *GPTConfig.names()):
         source = settings.model
     if source is not None:
         tokenizer = read_tokenizer(source)

@@ -23,9 +23,10 @@ from .evaluate import fused_loss, loss_of
 from .order import Mixture, Windows
 from .settings import Plan, Settings, new_config, plan
 
-# Settings that a resumed run may have anew: they say where and what is told, not what is computed.
-# (Threads are among them because machines differ; a different number costs the last bits.)
-CHANGEABLE = ("out", "threads", "keep", "log_every", "tensorboard")
+# Settings that a resumed run may have anew. Most say where and what is told, not what is computed;
+# a different number of threads costs the last bits (machines differ), and a different length moves
+# the rest of the learning rate's decay.
+CHANGEABLE = ("out", "threads", "keep", "log_every", "tensorboard", "steps", "tokens")
 _ADAM_EPS = 1e-8
 _SEED_STRIDE = 1_000_003  # a prime: runs whose seeds are neighbours share no step's seed
 
@@ -43,7 +44,7 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        return self.step == self.steps
+        return self.step >= self.steps
 
 
 def run(settings: Settings, *, resume: bool = False, console=None) -> Result:
@@ -120,8 +121,7 @@ class _Run:
         self.tokens, self.weights = _begin(settings, console)
         config = self.weights.config
         parameters = sum(p.numel() for p in self.weights.parameters())
-        fine_tuning = settings.model is not None and Path(settings.model).is_dir()
-        self.plan: Plan = plan(settings, config, parameters, fine_tuning)
+        self.plan: Plan = plan(settings, config, parameters, _fine_tunes(settings))
         self.data, self.held_out = _order(settings, self.tokens, self.plan.context)
         self.optimizer = torch.optim.AdamW(
             self.weights.optimizer_groups(self.plan.lr, settings.weight_decay),
@@ -133,7 +133,7 @@ class _Run:
         self.step = 0
         found = state.folders(self.out)
         if found:
-            self.step = state.load(found[-1], self.weights, self.optimizer)
+            self.step = state.load_moments(found[-1], self.weights, self.optimizer)
             state.tidy(self.out, settings.keep)
         self.model = self._computing()
         self.parameters = parameters
@@ -288,6 +288,11 @@ class _Run:
         )
 
 
+def _fine_tunes(settings: Settings) -> bool:
+    """Whether the run begins with a checkpoint's weights."""
+    return settings.model is not None and settings.model.lower() not in GPTConfig.names()
+
+
 def _begin(settings: Settings, console) -> tuple[data.Tokens, GPT]:
     """The token streams, and the weights in fp32 that the run begins with."""
 
@@ -295,19 +300,20 @@ def _begin(settings: Settings, console) -> tuple[data.Tokens, GPT]:
         if console is not None:
             console.print(text, markup=False, highlight=False)
 
-    source = settings.model
-    folder = source is not None and Path(source).is_dir()
+    source, found = settings.model, state.folders(Path(settings.out))
+    if found:  # neither the text nor the first weights need be there any more
+        return data.prepare(settings), GPT.from_pretrained(found[-1], dtype=torch.float32)
+    if _fine_tunes(settings) and not Path(source).is_dir():
+        raise ValueError(
+            f"train: model must be a checkpoint's folder or one of "
+            f"{', '.join(GPTConfig.names())}, got {source!r}"
+        )
     preset = None
-    if source is not None and not folder:
-        if source.lower() not in GPTConfig.names():
-            raise ValueError(
-                f"train: model must be a checkpoint's folder or one of "
-                f"{', '.join(GPTConfig.names())}, got {source!r}"
-            )
+    if source is not None and not _fine_tunes(settings):
         preset = GPTConfig.from_name(source)
     tokens = data.prepare(settings, preset and preset.vocab_size, told)
     size, end = tokens.about["vocab_size"], tokens.about["end_of_text"]
-    if folder:
+    if _fine_tunes(settings):
         weights = GPT.from_pretrained(source, dtype=torch.float32)
         if size > weights.config.vocab_size:
             raise ValueError(

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .. import checkpoint
 from ..gpt import GPT
 from . import files
 
@@ -84,21 +83,16 @@ def tidy(out: Path, keep: int) -> None:
             files.delete(folder)
 
 
-def load(folder: Path, weights: GPT, optimizer: torch.optim.AdamW) -> int:
-    """Fill weights and moments in place from a checkpoint; returns its step."""
-    stored = checkpoint.read_weights(
-        folder, {n: tuple(t.shape) for n, t in weights.state_dict().items()}, torch.float32, "cpu"
-    )
+def load_moments(folder: Path, weights: GPT, optimizer: torch.optim.AdamW) -> int:
+    """Give the optimizer of `weights` its moments in a checkpoint; returns the step."""
     moments = load_file(folder / "moments.safetensors")
     step = facts(folder)["step"]
-    with torch.no_grad():
-        for name, p in weights.named_parameters():
-            p.copy_(stored[name])
-            optimizer.state[p] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": moments[f"{name}.exp_avg"],
-                "exp_avg_sq": moments[f"{name}.exp_avg_sq"],
-            }
+    for name, p in weights.named_parameters():
+        optimizer.state[p] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": moments[f"{name}.exp_avg"],
+            "exp_avg_sq": moments[f"{name}.exp_avg_sq"],
+        }
     return step
 
 
