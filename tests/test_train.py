@@ -104,6 +104,22 @@ def test_bf16_keeps_weights_and_moments_in_fp32(texts, tmp_path):
     assert 0 < moved.max() < 1e-4
 
 
+def test_dropout_is_on_while_training_and_off_while_measuring(texts, tmp_path):
+    run(settings(texts, tmp_path / "a", dropout=0.5))
+    run(settings(texts, tmp_path / "b", dropout=0.5))
+    run(settings(texts, tmp_path / "c"))
+    a, b, c = (weights(tmp_path / name / "last") for name in "abc")
+    assert same(a, b) and not same(a, c)
+    model = ck.GPT.from_pretrained(tmp_path / "a" / "last")
+    held_out = np.fromfile(tmp_path / "a" / "tokens" / "held_out.bin", dtype=np.uint16)
+    measured = state.facts(tmp_path / "a" / "last")["held_out_loss"]
+    assert loss_of(model.train(), held_out, length=32, limit=500) == pytest.approx(measured, 1e-5)
+    assert model.training
+    more = dict(model=str(tmp_path / "a" / "last"), steps=2, dropout=0.2)
+    tuned = run(settings(texts, tmp_path / "d", **more))
+    assert ck.GPT.from_pretrained(tuned.folder).config.resid_pdrop == 0.2
+
+
 def test_accumulated_passes_are_one_larger_batch(texts, tmp_path):
     run(settings(texts, tmp_path / "a", batch=4))
     run(settings(texts, tmp_path / "b", batch=2, accumulate=2))

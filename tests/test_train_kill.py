@@ -64,6 +64,7 @@ def test_killed_at_random_times_it_resumes_to_the_same_bits(folder):
         log_every=10,
         dtype="bf16",
         accumulate=2,
+        dropout=0.1,
         replay=(str(folder / "text.txt"),),
         replay_share=0.3,
     )

@@ -64,6 +64,7 @@ def train_command(
     beta2: Annotated[float, _option("AdamW's; beta1 is 0.9.")] = 0.95,
     weight_decay: Annotated[float, _option("Of matrices.")] = 0.1,
     clip: Annotated[float, _option("Largest norm of the gradient.")] = 1.0,
+    dropout: Annotated[float, _option("Of embeddings, attention and residual branches.")] = 0.0,
     dtype: Annotated[Dtype, _option("bf16 keeps fp32 weights and moments.")] = Dtype.fp32,
     backend: Annotated[
         str, _option("auto, or cpu; eager trains the model without this project's ops.")
@@ -137,6 +138,7 @@ def train_command(
         "beta2": beta2,
         "weight_decay": weight_decay,
         "clip": clip,
+        "dropout": dropout,
         "dtype": dtype.value,
         "backend": backend,
         "threads": threads,

@@ -21,7 +21,7 @@ from ..replace import replace
 from . import data, files, progress, state
 from .evaluate import fused_loss, loss_of
 from .order import Mixture, Windows
-from .settings import Plan, Settings, new_config, plan
+from .settings import Plan, Settings, new_config, plan, with_dropout
 
 # Settings that a resumed run may have anew. Most say where and what is told, not what is computed;
 # a different number of threads costs the last bits (machines differ), and a different length moves
@@ -320,7 +320,9 @@ def _begin(settings: Settings, console) -> tuple[data.Tokens, GPT]:
                 f"train: the tokenizer has {size} tokens, {source} knows "
                 f"{weights.config.vocab_size}: leave out --tokenizer to take the model's own"
             )
-        return tokens, weights
+        trained = GPT(with_dropout(weights.config, settings.dropout))
+        trained.load_state_dict(weights.state_dict())
+        return tokens, trained
     torch.manual_seed(settings.seed)
     return tokens, GPT(new_config(settings, size, end))
 

@@ -48,6 +48,7 @@ class Settings:
         of that for a checkpoint's weights. Under muP hidden matrices take lr x 256 / width.
     warmup: steps; 375 M tokens, but at most a sixth of the run.
     final_lr: share of the peak that is left at the last step.
+    dropout: of embeddings, attention weights and residual branches.
     dtype: "bf16" computes in bf16; weights, moments and sums of gradients are fp32 all the same.
     backend: as in `replace`; "eager" trains the model as it is.
     threads: of the CPU, torch's own number; the last bits of the weights depend on it.
@@ -78,6 +79,7 @@ class Settings:
     beta2: float = 0.95
     weight_decay: float = 0.1
     clip: float = 1.0
+    dropout: float = 0.0
     dtype: str = "fp32"
     backend: str = "auto"
     threads: int | None = None
@@ -147,7 +149,7 @@ _COUNTS += (
     "keep",
     "log_every",
 )
-_RANGES = (("final_lr", 0, 1), ("beta2", 0, 0.9999), ("replay_share", 0, 1))
+_RANGES = (("dropout", 0, 0.99), ("final_lr", 0, 1), ("beta2", 0, 0.9999), ("replay_share", 0, 1))
 _RANGES += (("held_out_share", 0, 0.5), ("weight_decay", 0, 1), ("clip", 1e-6, 1e6))
 
 
@@ -191,7 +193,12 @@ def new_config(settings: Settings, vocab_size: int, end_of_text: int | None) -> 
         if settings.mup:
             changes = mup_fields(width)
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return dataclasses.replace(config, **changes, **ends)
+    return with_dropout(dataclasses.replace(config, **changes, **ends), settings.dropout)
+
+
+def with_dropout(config: GPTConfig, p: float) -> GPTConfig:
+    """The same model with dropout of probability p everywhere that it has one."""
+    return dataclasses.replace(config, embd_pdrop=p, attn_pdrop=p, resid_pdrop=p)
 
 
 def mup_fields(width: int, base: int = MUP_BASE_WIDTH) -> dict:
