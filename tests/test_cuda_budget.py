@@ -137,6 +137,17 @@ def test_kernels_of_16_bit_products_use_tensor_cores_and_16_byte_copies():
                 )
 
 
+def test_tiles_of_gemm_use_tensor_cores_and_few_rows_load_16_bytes():
+    for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["gemm"].items():
+        wanted = set()
+        if kernel.startswith("gemm_mma_kernel"):
+            wanted = {"mma", "ldmatrix", "copy_async_16"}
+        if kernel.startswith("packed_gemm_rows") or re.match(r"gemm_rows.*true, true>", kernel):
+            wanted = {"mma", "load_16"}
+        for architecture, row in rows.items():
+            assert wanted <= {*row["instructions"]}, f"{kernel} for {architecture}"
+
+
 def test_aligned_layer_norm_moves_16_bytes_at_a_time():
     for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["layer_norm"].items():
         if kernel.endswith(", true>"):

@@ -2,12 +2,14 @@
 #pragma once
 
 #include "cuda_cross_entropy.h"
+#include "cuda_gemm.h"
 #include "cuda_layer_norm.h"
 
 namespace cgpt::python {
 
 inline void bind_cuda(py::module_& m) {
   bind_cuda_cross_entropy(m);
+  bind_cuda_gemm(m);
   bind_cuda_layer_norm(m);
 }
 

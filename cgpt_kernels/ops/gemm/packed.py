@@ -174,11 +174,13 @@ def gemm(
             "residual; call it under torch.no_grad(), or pass the weight itself"
         )
     chosen = choose("gemm", backend, (x, weight.data, bias, residual))
-    if chosen not in ("cpu", "eager"):
+    reason = _unsupported(chosen, x, weight)
+    if reason is not None and backend != "auto":
+        able = [b for b in backends.BACKENDS if _able(b, x, weight)]
         raise ValueError(
-            f"gemm: backend {chosen!r} cannot run: the weight is packed. "
-            "Available here: cpu, eager."
+            f"gemm: backend {chosen!r} cannot run: {reason}. Available here: {', '.join(able)}."
         )
+    chosen = "eager" if reason is not None else chosen
     y = torch.ops.cgpt.packed_gemm(
         x,
         weight.data,
@@ -192,6 +194,18 @@ def gemm(
         chosen,
     )
     return y if late_residual is None else y + late_residual
+
+
+def _unsupported(backend: str, x: Tensor, weight: PackedWeight) -> str | None:
+    """Why a backend that takes x does not take this packed weight, or None."""
+    if backend in ("cpu", "eager"):
+        return None
+    own = backends.own("gemm", backend, "unsupported_packed")
+    return own(x, weight.format) if own else "the weight is packed"
+
+
+def _able(backend: str, x: Tensor, weight: PackedWeight) -> bool:
+    return backends.why_not("gemm", backend, (x,)) is None and not _unsupported(backend, x, weight)
 
 
 def _wants_gradient(x, bias, residual):
@@ -248,6 +262,10 @@ def _run(x, packed, N, K, format, group, bias, residual, activation, backend):
         return reference.gemm(x, weight.unpack(x.dtype), bias, residual, activation, "nk")
     bias = bias if bias is None else bias.contiguous()
     residual = residual if residual is None else as_rows(residual)
+    if backend == "cuda":
+        run = backends.own("gemm", backend, "packed_gemm")
+        y = run(as_rows(x), packed, N, K, format, group, bias, residual, activation)
+        return y.view(*x.shape[:-1], N)
     return _forward(as_rows(x), weight, bias, residual, activation).view(*x.shape[:-1], N)
 
 
