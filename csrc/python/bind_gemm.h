@@ -32,7 +32,8 @@ void check_and_run(GemmArgs args, Tensor x, Tensor residual) {
 
 // y, or a new one [..., N] like x where it is None.
 py::object gemm(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
-                const std::string& activation, bool weight_kn, const LowRankTerm& low_rank) {
+                const std::string& activation, bool weight_kn, const LowRankTerm& low_rank,
+                const TensorView& pre) {
   if (out.is_none()) {
     if (!x || x.ndim == 0 || !weight || weight.ndim != 2)
       fail("gemm: x must have shape (..., K) and weight 2 dimensions");
@@ -42,22 +43,22 @@ py::object gemm(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::objec
   caster.load(out, true);
   const BorrowedTensor& y = caster;
   check_and_run({rows_of(x), weight, bias, rows_of(residual), rows_of(y), activation_of(activation),
-                 weight_kn, low_rank},
+                 weight_kn, low_rank, pre},
                 x, residual);
   return out;
 }
 
 py::object gemm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
                     const std::string& activation, bool weight_kn) {
-  return gemm(x, weight, bias, residual, std::move(out), activation, weight_kn, {});
+  return gemm(x, weight, bias, residual, std::move(out), activation, weight_kn, {}, {});
 }
 
-// gemm_fwd with scale u v^T; u [..., r], v [N, r].
+// gemm_fwd with scale u v^T; u [..., r], v [N, r]. pre: [..., N] T or None, as in GemmArgs.
 py::object gemm_low_rank_fwd(Tensor x, Tensor weight, Tensor bias, Tensor residual, py::object out,
                              const std::string& activation, bool weight_kn, Tensor u, Tensor v,
-                             float scale) {
+                             float scale, Tensor pre) {
   return gemm(x, weight, bias, residual, std::move(out), activation, weight_kn,
-              {rows_of(u), v, scale});
+              {rows_of(u), v, scale}, rows_of(pre));
 }
 
 // pre: [M, N] T or None, as in GemmArgs. dropout_p: in [0, 1).

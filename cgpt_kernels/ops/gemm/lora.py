@@ -165,10 +165,10 @@ def _plain(x: Tensor, weight: Tensor, kn: bool) -> Tensor:
     return _C.gemm_fwd(x, weight, None, None, None, "none", kn)
 
 
-def _fused(x, weight, bias, residual, activation, kn, u, v, scale) -> Tensor:
-    """activation(x W^T + scale u v^T + bias) + residual."""
+def _fused(x, weight, bias, residual, activation, kn, u, v, scale, pre=None) -> Tensor:
+    """activation(x W^T + scale u v^T + bias) + residual; pre receives what is activated."""
     return _C.gemm_low_rank_fwd(
-        x, weight, bias, residual, None, activation or "none", kn, u, v, scale
+        x, weight, bias, residual, None, activation or "none", kn, u, v, scale, pre
     )
 
 
@@ -191,14 +191,8 @@ class _LoraGemm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, A, B, x_low, scale, activation, weight_layout):
         kn = weight_layout == "kn"
         u = _down(x if x_low is None else x_low, A)
-        pre = None
-        if activation is None:
-            y = _fused(x, weight, bias, residual, None, kn, u, B, scale)
-        else:
-            pre = _fused(x, weight, bias, None, None, kn, u, B, scale)
-            y = reference.activate(pre, activation)
-            if residual is not None:
-                y += residual
+        pre = None if activation is None else x.new_empty(*x.shape[:-1], B.shape[0])
+        y = _fused(x, weight, bias, residual, activation, kn, u, B, scale, pre)
         ctx.save_for_backward(x, weight, bias, A, B, x_low, u, pre)
         ctx.options = scale, activation, weight_layout
         return y
@@ -212,7 +206,7 @@ class _LoraGemm(torch.autograd.Function):
         K, M, rank = x.shape[-1], x.shape[:-1].numel(), A.shape[0]
         g = dense_last(dy.reshape(M, dy.shape[-1]))  # sums hand down expanded gradients
         if activation is not None:
-            g = reference.activation_grad(g, pre.view(M, -1), activation)
+            g = reference.activation_grad(g, pre.view(g.shape), activation)
         wide = g if g.dtype is A.dtype else g.to(A.dtype)  # [M, N]
         kn = weight_layout == "kn"
         dx = dA = dB = dlow = None
