@@ -46,7 +46,8 @@
 //   and 90.
 //   - One source per op: what grows beyond 400 lines goes into headers <op>_*.cuh beside it. Each
 //     template instance costs seconds under nvcc, three times (sm_80, PTX, sm_90a).
-//   - `python tests/test_cuda_budget.py <op>` compiles the op for sm_80 and sm_90a and writes down its
+//   - `python tests/test_cuda_budget.py <op>` compiles the op for sm_80 and sm_90a and writes down
+//   its
 //     registers and instructions, which the test of that name holds it to: no spills.
 //   - Outputs and workspaces are allocated by the caller, ops/<op>/<op>_cuda.py for a backward.
 //     Bindings: csrc/python/cuda_<op>.h, listed in cuda_kernels.h.
@@ -118,27 +119,33 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vec {
 
 template <int N, class T>
 __device__ inline Vec<T, N> load(const T* p) {
-  if constexpr (N * sizeof(T) <= 16) return read_vector<Vec<T, N>>(p);
-  constexpr int kEach = 16 / sizeof(T);
-  Vec<T, N> v;
+  if constexpr (N * sizeof(T) <= 16) {
+    return read_vector<Vec<T, N>>(p);
+  } else {
+    constexpr int kEach = 16 / sizeof(T);
+    Vec<T, N> v;
 #pragma unroll
-  for (int i = 0; i < N; i += kEach) {
-    const auto part = read_vector<Vec<T, kEach>>(p + i);
+    for (int i = 0; i < N; i += kEach) {
+      const auto part = read_vector<Vec<T, kEach>>(p + i);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) v[i + j] = part[j];
+      for (int j = 0; j < kEach; ++j) v[i + j] = part[j];
+    }
+    return v;
   }
-  return v;
 }
 template <class T, int N>
 __device__ inline void store(T* p, const Vec<T, N>& v) {
-  if constexpr (N * sizeof(T) <= 16) return write_vector(p, v);
-  constexpr int kEach = 16 / sizeof(T);
+  if constexpr (N * sizeof(T) <= 16) {
+    write_vector(p, v);
+  } else {
+    constexpr int kEach = 16 / sizeof(T);
 #pragma unroll
-  for (int i = 0; i < N; i += kEach) {
-    Vec<T, kEach> part;
+    for (int i = 0; i < N; i += kEach) {
+      Vec<T, kEach> part;
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) part[j] = v[i + j];
-    write_vector(p + i, part);
+      for (int j = 0; j < kEach; ++j) part[j] = v[i + j];
+      write_vector(p + i, part);
+    }
   }
 }
 // 16 bytes.
@@ -151,22 +158,25 @@ __device__ inline Vec<T> load16(const T* p) {
 // kAligned, which promises p aligned and all of them or none there, else one by one.
 template <bool kAligned, int N, class T>
 __device__ inline Vec<T, N> load_part(const T* p, int64_t count) {
-  if constexpr (kAligned) return count > 0 ? load<N>(p) : Vec<T, N>{};
-  Vec<T, N> v{};
+  if constexpr (kAligned) {
+    return count > 0 ? load<N>(p) : Vec<T, N>{};
+  } else {
+    Vec<T, N> v{};
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (i < count) v[i] = p[i];
-  return v;
+    for (int i = 0; i < N; ++i)
+      if (i < count) v[i] = p[i];
+    return v;
+  }
 }
 template <bool kAligned, class T, int N>
 __device__ inline void store_part(T* p, const Vec<T, N>& v, int64_t count) {
   if constexpr (kAligned) {
     if (count > 0) store(p, v);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (i < count) p[i] = v[i];
+    for (int i = 0; i < N; ++i)
+      if (i < count) p[i] = v[i];
+  }
 }
 
 // ---- sums over a warp and a block ---------------------------------------------------------------
