@@ -1,19 +1,18 @@
 // What a kernel may use of the machine. One source, two compilers:
 //
 //   nvcc   the instructions of sm_80 and later (csrc/cuda/instructions.cuh);
-//   g++    a host implementation (csrc/cuda/emulated.h): each thread of a block is a fiber,
-//   barriers
-//          and warp collectives are rendezvous, threads, lanes and blocks run in an order shuffled
-//          by CGPT_CUDA_HOST_SEED (0: by index). Misuse ends the launch with an error that names
-//          block and thread: a barrier or a warp collective that not all threads reach, shared
-//          memory beyond the launch's bytes, and two unordered accesses to the same shared bytes.
+//   g++    a host implementation (csrc/cuda/emulated.h): each thread of a block is a fiber, and
+//          barriers and warp collectives are rendezvous; threads, lanes and blocks run in an order
+//          shuffled by CGPT_CUDA_HOST_SEED (0: by index). Misuse ends the launch with an error that
+//          names block and thread: a barrier or a warp collective that not all threads reach,
+//          shared memory beyond the launch's bytes, two unordered accesses to the same shared
+//          bytes.
 //
 // How to write a kernel; csrc/ops/layer_norm/layer_norm_cuda.cu is the worked example.
 //
 //   struct Shared {                           // all shared memory of a block, in one struct
 //     float scratch[kThreads / cuda::kWarp];
-//     alignas(16) bf16 tile[64][72];          // 72: rows 144 bytes apart, ldmatrix without
-//     conflicts
+//     alignas(16) bf16 tile[64][72];          // rows 144 bytes apart: ldmatrix has no conflicts
 //   };
 //   template <class T>
 //   __global__ void __launch_bounds__(kThreads) my_fwd_kernel(const Params<T> p) {
@@ -28,9 +27,8 @@
 // Rules:
 //   - <op>_cuda.cu includes this file, launch.h and <op>.h, and nothing of CUDA. threadIdx, asm,
 //     __shared__, <<<>>> and intrinsics stay in csrc/cuda. expf, sqrtf, fmaf, erff, tanhf are fine.
-//   - The number of threads is a multiple of 32; every warp collective (shuffle_*, warp_*, any,
-//   mma,
-//     ldmatrix) is reached by all 32 lanes, every block_barrier by all threads: no early return
+//   - The number of threads is a multiple of 32. All 32 lanes reach every warp collective
+//     (shuffle_*, ballot, warp_*, mma, ldmatrix), all threads every block_barrier: no early return
 //     before the last of them.
 //   - A collective orders no memory. Between lanes of a warp warp_barrier() does, between warps
 //     block_barrier(). copy_async needs copy_async_wait by the thread that issued it, and then a
@@ -39,23 +37,19 @@
 //   - 16-byte accesses want 16-byte alignment: test pointers and strides with aligned<16>() in the
 //     launcher and instantiate load_part<kAligned> both ways. Shapes choose the kernel and the
 //     order of sums, alignment only the width of accesses: strides change no bit of a result.
-//   - No atomics on results: the same inputs give the same bits. Work is divided by constants, not
-//   by
-//     the number of multiprocessors.
-//   - At most 99 KB shared memory a block runs on every sm_80 and later; 163 KB only on sm_80
-//   and 90.
+//   - No atomics on results: the same inputs give the same bits. Work is divided by constants, and
+//     not by the number of multiprocessors.
+//   - Up to 99 KB shared memory a block runs on every sm_80 and later, 163 KB on sm_80 and sm_90.
 //   - One source per op: what grows beyond 400 lines goes into headers <op>_*.cuh beside it. Each
-//     template instance costs seconds under nvcc, three times (sm_80, PTX, sm_90a).
-//   - `python tests/test_cuda_budget.py <op>` compiles the op for sm_80 and sm_90a and writes down
-//   its
-//     registers and instructions, which the test of that name holds it to: no spills.
-//   - Outputs and workspaces are allocated by the caller, ops/<op>/<op>_cuda.py for a backward.
+//     template instance costs seconds under nvcc, twice (sm_80, sm_90a).
+//   - `python tests/test_cuda_budget.py <op>` compiles the op for both and writes down registers
+//     and instructions, which the test of that name holds it to: no spills.
+//   - Outputs and workspaces are allocated by the caller: a function of ops/<op>/<op>_cuda.py.
 //     Bindings: csrc/python/cuda_<op>.h, listed in cuda_kernels.h.
 //
 // Running it: `CGPT_CUDA=host python setup.py build_ext --inplace` builds the host implementation;
 // `CGPT_CUDA_HOST=1 pytest -k cuda-my_op tests/test_ops.py` then runs the op's cases on CPU
-// tensors. Within a process that has CGPT_CUDA_HOST=1 set, backend="cuda" takes CPU tensors
-// everywhere.
+// tensors: in such a process backend="cuda" takes CPU tensors everywhere.
 #pragma once
 
 #include <cstdint>
@@ -100,8 +94,8 @@ constexpr int kWarp = 32;
 //   a: {a[g][2t..], a[g + 8][2t..], a[g][2t + 8..], a[g + 8][2t + 8..]}
 //   b: {b[2t..][g], b[2t + 8..][g]}
 //   d: {d[g][2t], d[g][2t + 1], d[g + 8][2t], d[g + 8][2t + 1]}
-// ldmatrix leaves of matrix i in r[i]: {m[g][2t], m[g][2t + 1]}, with trans {m[2t][g], m[2t +
-// 1][g]}.
+// ldmatrix leaves of matrix i in r[i]: {m[g][2t], m[g][2t + 1]}, and with trans
+// {m[2t][g], m[2t + 1][g]}.
 
 namespace cgpt::cuda {
 
