@@ -375,9 +375,14 @@ class GPT(nn.Module):
         """
         x = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         if targets is not None:
-            logits = self.lm_head(x).float()
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+            return self.loss(x, targets)
         return self.lm_head(x[:, -1:] if last_only else x)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats, fp32. x: what `hidden_states` gives, [B, S, C]; targets as in
+        forward."""
+        logits = self.lm_head(x).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def _check_inputs(self, input_ids, attention_mask, past, cache):
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:

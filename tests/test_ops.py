@@ -33,9 +33,14 @@ def on_backends(cases, gradients_in_torch=False):
         for backend in COMPILED
         for case in cases
         if any(backend in backends.runnable(case.op, device) for device in DEVICES)
-        and not (gradients_in_torch and backends.own(case.op, backend, f"{case.op}_bwd"))
+        and not (gradients_in_torch and has_backward(case.op, backend))
     ]
     return pytest.mark.parametrize("case, backend", there)
+
+
+def has_backward(op, backend):
+    in_cpp = backend == "cpu" and op == "linear_cross_entropy"
+    return in_cpp or backends.own(op, backend, f"{op}_bwd") is not None
 
 
 def label(value):
@@ -143,6 +148,10 @@ def library_calls(case, inputs, backend):
         options = (i["ignore_index"], i["label_smoothing"], backend)
         args = (i["x"], i["weight"], i["target"], i.get("bias"), *options)
         yield torch.ops.cgpt.linear_cross_entropy, args
+        if backend == "cpu":
+            need = tuple(name in i for name in ("x", "weight", "bias"))
+            args = (*args[:-2], i["label_smoothing"], True, need, backend)
+            yield torch.ops.cgpt.linear_cross_entropy_grads, args
 
 
 @on_backends(PATH_CASES)

@@ -174,7 +174,8 @@ def decoder_parts(model: nn.Module) -> decoder.Parts | None:
     """
     if type(model).__module__ == "peft.peft_model":
         model = importlib.import_module(f"{__name__}.peft_lora").base_model(model)
-    adapter = _DECODERS.get(type(model).__module__)
+    kind = type(model).original() if isinstance(model, Replaced) else type(model)
+    adapter = _DECODERS.get(kind.__module__)
     if adapter is None or backends._C is None:
         return None
     return importlib.import_module(f"{__name__}.{adapter}").decoder_parts(model)

@@ -5,10 +5,12 @@ B batch, S new tokens, T all tokens, C width, H heads, D = C / H.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from cgpt_kernels import decoder, ops
+from cgpt_kernels import backends, decoder, ops
 from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention, drop
+from cgpt_kernels.replace.packing import given_up
 from cgpt_kernels.replace.swap import (
     Replaced,
     drops,
@@ -68,6 +70,24 @@ class FusedBlock(Block, Replaced):
         return y if added else x + y
 
 
+class FusedGPT(GPT, Replaced):
+    """The loss is taken without the logits, where the head may be read past its __call__."""
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        head, backend = self._modules["lm_head"], self.kernel_backend
+        wb = operands(head, FusedLinear)
+        if wb is None or head.quantize is not None or given_up(head) or not _has_loss(backend):
+            return super().loss(x, targets)
+        weight, bias = wb
+        return ops.linear_cross_entropy(x, weight, targets, bias, backend=backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_loss(backend: str) -> bool:
+    op = "linear_cross_entropy"
+    return backend in ("auto", "eager") or backends.implementation(op, backend)[0] is not None
+
+
 def _project_add(part, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
     """(dropout(c_proj(x)) of the attention or MLP `part`, whether residual was added to it)."""
     linear, p = part._modules["c_proj"], _dropout(part, part.resid_pdrop)
@@ -114,7 +134,7 @@ def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
 
 def decoder_parts(model) -> decoder.Parts | None:
     """What a decoder of this model is made of; None where only the modules can run it."""
-    if not plain(model, GPT):
+    if not plain(model, FusedGPT):
         return None
     top, head, c = model.transformer, model._modules["lm_head"], model.config
     wte, wpe = table(top["wte"]), table(top["wpe"])
@@ -156,4 +176,6 @@ def _decoder_layer(block) -> decoder.Layer | None:
     return None if None in found else decoder.Layer(attn.scale, *found)
 
 
-CLASSES = {cls.original(): cls for cls in (FusedCausalSelfAttention, FusedMLP, FusedBlock)}
+CLASSES = {
+    cls.original(): cls for cls in (FusedCausalSelfAttention, FusedMLP, FusedBlock, FusedGPT)
+}

@@ -181,15 +181,18 @@ inline void pack_b_transposed(const T* b, int64_t stride_n, int64_t K, int64_t N
 
 // Packs b(k, n) = b[k * stride_k + n]: rows are copied, and for bf16 two rows are interleaved. All
 // panels of a row are written before the next row, so that the source is read in long runs.
+// `stride_panel`: elements between panels where these are a part of the k; 0: the panels are whole.
 template <class C, class T>
-inline void pack_b_rows(const T* b, int64_t stride_k, int64_t K, int64_t N, C* dst) {
+inline void pack_b_rows(const T* b, int64_t stride_k, int64_t K, int64_t N, C* dst,
+                        int64_t stride_panel = 0) {
   const int64_t Kp = padded_k<C>(K);
+  if (stride_panel == 0) stride_panel = Kp * kNR;
   if constexpr (sizeof(C) == 4) {
     for (int64_t k = 0; k < K; ++k) {
       const T* row = b + k * stride_k;
       C* out = dst + k * kNR;
       int64_t n = 0;
-      for (; n + kNR <= N; n += kNR, out += Kp * kNR) {
+      for (; n + kNR <= N; n += kNR, out += stride_panel) {
         store(out, load(row + n));
         store(out + kLanes, load(row + n + kLanes));
       }
@@ -209,7 +212,7 @@ inline void pack_b_rows(const T* b, int64_t stride_k, int64_t K, int64_t N, C* d
     for (int64_t k = 0; k < Kp; k += 2) {
       const T* row = b + k * stride_k;
       C* out = dst + k * kNR;
-      for (int64_t n = 0; n < N; n += kNR, out += Kp * kNR) {
+      for (int64_t n = 0; n < N; n += kNR, out += stride_panel) {
         const __m512i even = k < K ? load_n_bf16(row + n, N - n) : __m512i{};
         const __m512i odd = k + 1 < K ? load_n_bf16(row + stride_k + n, N - n) : __m512i{};
         _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));

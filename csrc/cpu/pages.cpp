@@ -92,4 +92,12 @@ void free_pages(void* data) noexcept {
   }
 }
 
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) noexcept {
+#if defined(__linux__)
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kHugePage);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace cgpt

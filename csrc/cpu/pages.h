@@ -13,4 +13,8 @@ namespace cgpt {
 void* allocate_pages(size_t bytes);
 void free_pages(void* data) noexcept;
 
+// Asks for huge pages under memory that somebody else took and nobody has touched yet, such as a
+// large output: 77 MB in pages of 4 KiB are 19,000 faults. A refusal changes nothing.
+void advise_huge_pages(void* data, size_t bytes) noexcept;
+
 }  // namespace cgpt

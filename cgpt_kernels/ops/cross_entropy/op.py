@@ -34,6 +34,7 @@ _lean = backends.lean_kernels("linear_cross_entropy")
 _empty_like = torch.empty_like  # the look-up in torch's namespace costs 0.1 us a call
 _SCALAR = torch.empty((), dtype=torch.float32, device="cpu")
 _reduced = getattr(backends._C, "linear_cross_entropy_reduced", None)
+_kernel_grads = getattr(backends._C, "linear_cross_entropy_grads", None)
 
 
 def linear_cross_entropy(
@@ -82,9 +83,12 @@ def linear_cross_entropy(
                     or weight.requires_grad
                     or (bias is not None and bias.requires_grad)
                 ):
-                    rows = _LinearCrossEntropy.apply(
-                        kernel, x, weight, target, bias, ignore_index, label_smoothing
-                    )
+                    options = ignore_index, label_smoothing
+                    if _ahead(x.dtype, reduction):
+                        return _WithGrads.apply(
+                            x, weight, target, bias, *options, reduction == "mean"
+                        )
+                    rows = _Rows.apply(kernel, x, weight, target, bias, *options)
                     return reference.reduce_rows(rows, target, ignore_index, reduction)
                 options = ignore_index, label_smoothing
                 if reduction == "none":
@@ -143,6 +147,17 @@ def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, 
     narrow = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
     if narrow is not None:
         x, weight, bias = cast(narrow, x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):  # the lean path may serve now
+            return linear_cross_entropy(
+                x,
+                weight,
+                target,
+                bias,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                backend=backend,
+            )
     _check(x, weight, target, bias, reduction, label_smoothing)
     chosen = choose("linear_cross_entropy", backend, (x, weight, target, bias))
     if chosen == "eager":
@@ -154,6 +169,10 @@ def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, 
             ignore_index,
             label_smoothing,
         )
+    elif chosen == "cpu" and _ahead(x.dtype, reduction) and any(_need(x, weight, bias)):
+        need = _need(x, weight, bias)
+        options = ignore_index, label_smoothing, reduction == "mean", need, chosen
+        return torch.ops.cgpt.linear_cross_entropy_grads(x, weight, target, bias, *options)[0]
     else:
         rows = torch.ops.cgpt.linear_cross_entropy(
             x, weight, target, bias, ignore_index, label_smoothing, chosen
@@ -178,7 +197,62 @@ def _forward(kernel, x, weight, target, bias, ignore_index, label_smoothing):
     return loss, lse
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+def _ahead(dtype: torch.dtype, reduction: str) -> bool:
+    """Whether the gradients are made with the loss, before the incoming gradient is known, which
+    then scales them. Not in fp16: a gradient of the mean over 500 rows is below what fp16 holds
+    until GradScaler's factor comes in with the incoming gradient.
+    """
+    return reduction != "none" and dtype is not torch.float16
+
+
+def _need(x, weight, bias) -> tuple[bool, bool, bool]:
+    on = torch.is_grad_enabled()
+    return tuple(on and t is not None and t.requires_grad for t in (x, weight, bias))
+
+
+def _grads(x, weight, target, bias, drows, loss, options, need, mean=False):
+    """[dx, dweight, dbias], None where not needed; without drows the 0-d loss is written too."""
+    made = [
+        t.new_empty(t.shape) if n and t is not None else None
+        for t, n in zip((x, weight, bias), need, strict=True)
+    ]
+    _kernel_grads(x, weight, bias, target, drows, loss, *made, *options, mean)
+    return made
+
+
+class _WithGrads(torch.autograd.Function):
+    """The mean or sum of the losses; the gradients are made with it and wait for the backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, target, bias, ignore_index, label_smoothing, mean):
+        need_x, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        ctx.need = need_x, need_weight, need_bias
+        ctx.save_for_backward(x, weight, target, bias)
+        ctx.options, ctx.mean = (ignore_index, label_smoothing), mean
+        loss = _empty_like(_SCALAR)
+        ctx.grads = _grads(x, weight, target, bias, None, loss, ctx.options, ctx.need, mean)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        # Handed out once, so that a parameter may take them as its .grad without a copy; another
+        # backward through a retained graph makes them anew.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            x, weight, target, bias = ctx.saved_tensors
+            loss = _empty_like(_SCALAR)
+            grads = _grads(x, weight, target, bias, None, loss, ctx.options, ctx.need, ctx.mean)
+        factor = dloss.item()
+        if factor != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad *= factor
+        dx, dweight, dbias = grads
+        return dx, dweight, None, dbias, None, None, None
+
+
+class _Rows(torch.autograd.Function):
     """Losses of the rows; the reduction is left to torch."""
 
     @staticmethod
@@ -192,8 +266,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, drows):
         _, need_x, need_weight, _, need_bias, _, _ = ctx.needs_input_grad
         need = need_x, need_weight, need_bias
-        grads = _run_bwd(drows, *ctx.saved_tensors, None, *ctx.options, need, "cpu")
-        dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
+        dx, dweight, dbias = _grads(*ctx.saved_tensors, drows, None, ctx.options, need)
         return None, dx, dweight, None, dbias, None, None
 
 
@@ -231,14 +304,54 @@ def _backward(ctx, drows, dlse):
 
 def _run_bwd(drows, x, weight, target, bias, lse, ignore_index, label_smoothing, need, backend):
     M, K = target.numel(), x.shape[-1]
-    rows = (drows, x.reshape(M, K), weight, target.reshape(M), bias)
-    own = backends.own("linear_cross_entropy", backend, "linear_cross_entropy_bwd")
-    if own is None:  # which takes the softmax anew, without lse
-        grads = linear_cross_entropy_bwd(*rows, ignore_index, label_smoothing, need)
+    x_rows, target, options = x.reshape(M, K), target.reshape(M), (ignore_index, label_smoothing)
+    if backend == "cpu":
+        tensors = as_rows(x_rows), dense_last(weight), target, _dense(bias)
+        grads = _full(weight, _grads(*tensors, drows, None, options, need))
     else:
-        grads = own(*rows, lse, ignore_index, label_smoothing, need)
+        own = backends.own("linear_cross_entropy", backend, "linear_cross_entropy_bwd")
+        rows = drows, x_rows, weight, target, bias
+        if own is None:  # which takes the softmax anew, without lse
+            grads = linear_cross_entropy_bwd(*rows, *options, need)
+        else:
+            grads = own(*rows, lse, *options, need)
     dx, dweight, dbias = grads
     return dx.view(x.shape) if need[0] else dx, dweight, dbias
+
+
+def _dense(bias):
+    return bias if bias is None else dense_last(bias)
+
+
+def _full(like, grads):
+    """The library's outputs: empty tensors in the place of None."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _run_grads(x, weight, target, bias, ignore_index, label_smoothing, mean, need, backend):
+    tensors = as_rows(x), dense_last(weight), dense_last(target.reshape(-1)), _dense(bias)
+    loss, options = x.new_empty((), dtype=torch.float32), (ignore_index, label_smoothing)
+    grads = _full(weight, _grads(*tensors, None, loss, options, need, mean))
+    return loss, grads[0].view(x.shape) if need[0] else grads[0], *grads[1:]
+
+
+def _fake_grads(x, weight, target, bias, ignore_index, label_smoothing, mean, need, backend):
+    loss = x.new_empty((), dtype=torch.float32)
+    return loss, *_fake_bwd(
+        loss, x, weight, target, bias, None, ignore_index, label_smoothing, need, backend
+    )
+
+
+def _save_grads(ctx, inputs, output):
+    ctx.need = inputs[7]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_grads(ctx, dloss, *_):
+    grads = zip(ctx.saved_tensors, ctx.need, strict=True)
+    dx, dweight, dbias = (grad * dloss if need else None for grad, need in grads)
+    return dx, dweight, None, dbias, None, None, None, None, None
 
 
 def _fake_bwd(drows, x, weight, target, bias, lse, ignore_index, label_smoothing, need, backend):
@@ -269,4 +382,14 @@ define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _run_bwd,
     _fake_bwd,
+)
+define(
+    "linear_cross_entropy_grads(Tensor x, Tensor weight, Tensor target, Tensor? bias,"
+    " SymInt ignore_index, float label_smoothing, bool mean, bool[3] need, str backend)"
+    " -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
+    _run_grads,
+    _fake_grads,
+    save=_save_grads,
+    backward=_scale_grads,
+    autocast=_autocast,
 )

@@ -17,6 +17,13 @@ struct LinearCrossEntropyArgs {
   TensorView lse;     // [M] fp32, of every row, or none
   int64_t ignore_index = -100;
   float label_smoothing = 0.0f;
+
+  // For linear_cross_entropy_grads; each of the gradients may be absent.
+  TensorView drows = {};  // [M] fp32, any stride: gradient of each row's loss; or none, then it is
+  float scale = 1.0f;     // this for every row that counts
+  TensorView dx = {};     // [M, K] T, any row stride; 0 where the target is ignore_index
+  TensorView dweight = {};  // [V, K] T, any row stride
+  TensorView dbias = {};    // [V], bias's dtype
 };
 
 }  // namespace cgpt
@@ -52,6 +59,21 @@ inline void linear_cross_entropy_check(const LinearCrossEntropyArgs& a,
     c.tensor("lse", a.lse, {M});
     c.dtype("lse", a.lse, {DType::f32});
   }
+  if (a.drows) {
+    c.tensor("drows", a.drows, {M});
+    c.dtype("drows", a.drows, {DType::f32});
+  }
+  const auto gradient = [&](const char* name, const TensorView& g, const TensorView& of) {
+    if (!g) return;
+    if (of.ndim == 1) c.tensor(name, g, {of.shape[0]});
+    else c.tensor(name, g, {of.shape[0], of.shape[1]});
+    c.dtype(name, g, {of.dtype});
+    c.dense_rows(name, g);
+  };
+  gradient("dx", a.dx, a.x);
+  gradient("dweight", a.dweight, a.weight);
+  c.require(a.bias || !a.dbias, "dbias must be None where there is no bias");
+  gradient("dbias", a.dbias, a.bias);
   c.dense_rows("x", a.x);
   c.dense_rows("weight", a.weight);
   c.dense_rows("bias", a.bias);
@@ -90,4 +112,5 @@ inline float linear_cross_entropy_reduce(const LinearCrossEntropyArgs& a, bool m
 
 namespace cgpt {
 CGPT_CPU_ENTRY(linear_cross_entropy_fwd, LinearCrossEntropyArgs)
+CGPT_CPU_ENTRY(linear_cross_entropy_grads, LinearCrossEntropyArgs)
 }  // namespace cgpt

@@ -25,14 +25,11 @@ struct Problem {
     for (int64_t i = 0; i < M; ++i) target[i] = (i * 7919 + V - 1) % V;
   }
   LinearCrossEntropyArgs args(float smoothing = 0.0f) {
-    return {test::view(x, {M, K}),
-            test::view(weight, {V, K}),
-            test::view(bias, {V}),
-            test::view(target, {M}),
-            test::view(loss, {M}),
-            test::view(lse, {M}),
-            -100,
-            smoothing};
+    LinearCrossEntropyArgs a{test::view(x, {M, K}), test::view(weight, {V, K}),
+                             test::view(bias, {V}), test::view(target, {M}),
+                             test::view(loss, {M}), test::view(lse, {M})};
+    a.label_smoothing = smoothing;
+    return a;
   }
   void run(float smoothing = 0.0f) {
     linear_cross_entropy_check(args(smoothing));
@@ -63,6 +60,43 @@ void matches_the_formula(int64_t M, int64_t K, int64_t V, float smoothing) {
                   (1 - smoothing) * (lse - z[p.target[i]]) + smoothing * (lse - total / V),
                   2 * tolerance);
   }
+}
+
+// dx, dweight and dbias of the mean over the rows that count.
+void gradients_match_the_formula(int64_t M, int64_t K, int64_t V, float smoothing) {
+  Problem p(M, K, V);
+  if (M > 2) p.target[1] = -100;
+  std::vector<float> dx(M * K, NAN), dweight(V * K, NAN), dbias(V, NAN);
+  auto args = p.args(smoothing);
+  const double count = static_cast<double>(M > 2 ? M - 1 : M);
+  args.scale = static_cast<float>(1 / count);
+  args.dx = test::view(dx, {M, K}), args.dweight = test::view(dweight, {V, K});
+  args.dbias = test::view(dbias, {V});
+  linear_cross_entropy_check(args);
+  linear_cross_entropy_grads_cpu(args);
+  std::vector<double> z(V), wanted_dx(M * K), wanted_dweight(V * K), wanted_dbias(V);
+  for (int64_t i = 0; i < M; ++i) {
+    if (p.target[i] == -100) continue;
+    double sum = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      z[v] = p.bias[v];
+      for (int64_t k = 0; k < K; ++k) z[v] += double{p.x[i * K + k]} * p.weight[v * K + k];
+      sum += std::exp(z[v]);
+    }
+    for (int64_t v = 0; v < V; ++v) {
+      double g = std::exp(z[v]) / sum - smoothing / static_cast<double>(V);
+      if (v == p.target[i]) g -= 1 - smoothing;
+      wanted_dbias[v] += g / count;
+      for (int64_t k = 0; k < K; ++k) {
+        wanted_dx[i * K + k] += g / count * p.weight[v * K + k];
+        wanted_dweight[v * K + k] += g / count * p.x[i * K + k];
+      }
+    }
+  }
+  const double tolerance = 1e-5 * (1 + K / 64.0);
+  for (int64_t i = 0; i < M * K; ++i) test::close(dx[i], wanted_dx[i], tolerance);
+  for (int64_t i = 0; i < V * K; ++i) test::close(dweight[i], wanted_dweight[i], tolerance);
+  for (int64_t v = 0; v < V; ++v) test::close(dbias[v], wanted_dbias[v], tolerance);
 }
 
 void threads_do_not_change_a_bit() {
@@ -125,6 +159,9 @@ int main() {
         for (float smoothing : {0.0f, 0.1f}) matches_the_formula(M, 19, V, smoothing);
     matches_the_formula(3, 512, 501, 0.0f);   // K whose row stride needs a copy, by dots
     matches_the_formula(40, 512, 501, 0.0f);  // and by panels
+    for (int64_t M : {1, 16, 33, 130})
+      for (float smoothing : {0.0f, 0.1f}) gradients_match_the_formula(M, 19, 451, smoothing);
+    gradients_match_the_formula(70, 3, 30001, 0.1f);  // groups of rows, super-blocks of words
     threads_do_not_change_a_bit();
     minus_infinity_is_left_out();
   });
