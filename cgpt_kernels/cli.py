@@ -313,15 +313,18 @@ def demo_command(
 @app.command("bench", short_help="Each op against eager, torch.compile and the bound.")
 def bench_command(
     what: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP]... | e2e", help="Default: every op.")
+        list[str] | None,
+        typer.Argument(metavar="[OP]... | e2e | train", help="Default: every op."),
     ] = None,
     dtype: Annotated[
         list[Dtype] | None, typer.Option(help="Repeat for several; default fp32 and bf16.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="e2e only: a published shape.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="e2e and train: a published shape, default 111M.")
+    ] = None,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Ops only: time torch.compile as well."),
+        typer.Option("--compile/--no-compile", help="Not e2e: time torch.compile as well."),
     ] = None,
     threads: _Threads = None,
     device: Annotated[str | None, typer.Option(help="Ops only: cpu (default) or cuda.")] = None,
@@ -338,7 +341,14 @@ def bench_command(
         typer.Option(help="e2e only: other systems too, e.g. all, all:bf16, openvino:int8."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="With --peers: turns of each system; default 5.")
+        int | None,
+        typer.Option(min=1, help="train, or e2e with --peers: turns of each system; default 5."),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="train only; repeat for several; default 512.")
+    ] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="train only: rows by name, e.g. bf16; default all.")
     ] = None,
     new_tokens: Annotated[
         int | None, typer.Option(min=3, help="With --peers: tokens written; default 32.")
@@ -350,7 +360,8 @@ def bench_command(
         bool, typer.Option("--prepare", help="With --peers: convert and compile only.")
     ] = False,
 ) -> None:
-    """Ops against eager, torch.compile and the bound; or e2e: whole models against eager or peers.
+    """Ops against eager, torch.compile and the bound; e2e: whole models against eager or peers;
+    train: training steps and their ops against this project's targets.
 
     \b
     cgpt-kernels bench                                   every op, fp32 and bf16
@@ -360,8 +371,33 @@ def bench_command(
     cgpt-kernels bench e2e --peers all --prepare         converts and compiles, measures nothing
     cgpt-kernels bench e2e --model cerebras-gpt-111m --peers all
     cgpt-kernels bench e2e --peers openvino:int8,llama_cpp:int8 --rounds 3
+    cgpt-kernels bench train --tokens 512 --tokens 1024
+    cgpt-kernels bench train --model cerebras-gpt-256m --row bf16 --row fp32 --no-compile
     """
     what = what or []
+    if "train" in what:
+        if what != ["train"]:
+            raise ValueError(f"bench: train runs alone, got {' '.join(what)}")
+        if dtype or device or backend or gradients or peers or new_tokens or everything or prepare:
+            raise ValueError(
+                "bench: train takes --model, --tokens, --row, --compile, --threads, --rounds, --out"
+            )
+        from . import bench_train
+
+        made = bench_train.run(
+            model=model or "cerebras-gpt-111m",
+            tokens=tokens or (512,),
+            only=row,
+            threads=threads,
+            compile=compile is not False,
+            rounds=rounds or 5,
+            out=out,
+        )
+        if any(one.red for one in made):
+            raise typer.Exit(1)
+        return
+    if tokens or row:
+        raise ValueError("bench: --tokens and --row are for train")
     if peers is None and (rounds or new_tokens or everything or prepare):
         raise ValueError("bench: --rounds, --new-tokens, --everything, --prepare need --peers")
     dtypes = [d.value for d in dtype or (Dtype.fp32, Dtype.bf16)]

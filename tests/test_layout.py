@@ -19,7 +19,7 @@ FLOORS = [
     {"gpt", "decoder"},
     {"replace", "bench", "tune"},
     {"train"},
-    {"generate", "quantize", "bench_e2e"},
+    {"generate", "quantize", "bench_e2e", "bench_train"},
     {"doctor", "prune"},
     {"demo"},
     {"cli"},

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from cgpt_kernels import backends, ops
 from cgpt_kernels.ops import registry
 from cgpt_kernels.ops.attention.cases import AttentionCase
-from cgpt_kernels.ops.cross_entropy import backward as cross_entropy_backward
 from cgpt_kernels.ops.cross_entropy.cases import LinearCrossEntropyCase
 from cgpt_kernels.ops.gemm.cases import GemmCase
 from cgpt_kernels.ops.layer_norm.cases import AddLayerNormCase, LayerNormCase
@@ -21,26 +20,15 @@ COMPILED = [name for name in backends.BACKENDS if name not in ("eager", "wafer")
 CASES = registry.cases("test")
 
 
-def on_backends(cases, gradients_in_torch=False):
-    """The cases on each backend that has the op, as arguments (case, backend).
-
-    gradients_in_torch: only where the backward of ops/<op>/backward.py serves and is cut in slabs.
-    """
-    if gradients_in_torch:
-        cases = [c for c in cases if c.op == "linear_cross_entropy"]
+def on_backends(cases):
+    """The cases on each backend that has the op, as arguments (case, backend)."""
     there = [
         pytest.param(case, backend, id=f"{backend}-{label(case)}")
         for backend in COMPILED
         for case in cases
         if any(backend in backends.runnable(case.op, device) for device in DEVICES)
-        and not (gradients_in_torch and has_backward(case.op, backend))
     ]
     return pytest.mark.parametrize("case, backend", there)
-
-
-def has_backward(op, backend):
-    in_cpp = backend == "cpu" and op == "linear_cross_entropy"
-    return in_cpp or backends.own(op, backend, f"{op}_bwd") is not None
 
 
 def label(value):
@@ -219,20 +207,6 @@ def test_expanded_leading_dimensions(shape, backend):
         lambda x: ops.add_layer_norm(x, x, inputs["bias"], backend=backend)[0],
     ):
         assert torch.equal(call(x), call(whole))
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=label)
-@pytest.mark.parametrize("elements", [1, 40, 300])
-@on_backends(CASES, gradients_in_torch=True)
-def test_gradients_do_not_depend_on_how_the_backward_is_cut(
-    case, backend, elements, dtype, monkeypatch
-):
-    inputs = inputs_for(case, backend, dtype)
-    small = max(v.numel() for v in inputs.values() if isinstance(v, torch.Tensor)) < 5000
-    if not small and elements < 300:
-        pytest.skip("one row at a time takes minutes at this size")
-    monkeypatch.setattr(cross_entropy_backward, "SLAB_ELEMENTS", elements)
-    hold_to_rule(registry.FUNCTIONS[case.op], inputs, gradients=True, backend=backend)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

@@ -24,7 +24,6 @@ from ..dispatch import (
     with_numpy,
 )
 from . import reference
-from .backward import linear_cross_entropy_bwd
 
 LINEAR_CROSS_ENTROPY = backends.Op(
     "linear_cross_entropy", "cross_entropy", "linear_cross_entropy_fwd"
@@ -310,11 +309,7 @@ def _run_bwd(drows, x, weight, target, bias, lse, ignore_index, label_smoothing,
         grads = _full(weight, _grads(*tensors, drows, None, options, need))
     else:
         own = backends.own("linear_cross_entropy", backend, "linear_cross_entropy_bwd")
-        rows = drows, x_rows, weight, target, bias
-        if own is None:  # which takes the softmax anew, without lse
-            grads = linear_cross_entropy_bwd(*rows, *options, need)
-        else:
-            grads = own(*rows, lse, *options, need)
+        grads = own(drows, x_rows, weight, target, bias, lse, *options, need)
     dx, dweight, dbias = grads
     return dx.view(x.shape) if need[0] else dx, dweight, dbias
 

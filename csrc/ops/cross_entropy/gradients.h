@@ -25,6 +25,8 @@ namespace {
 constexpr int64_t kBlock = 2 * kVocabBlock;  // a multiple of 32, AMX's step along the vocabulary
 constexpr int64_t kSuperBlock = 8 * kBlock;  // W of it, packed: 2.6 MB of bf16 at K = 768
 
+constexpr int64_t kGather = kSuperBlock / 2;
+
 // e of this many bytes needs no saving: below it all rows are one group.
 constexpr int64_t kFreeBytes = int64_t{8} << 20;
 // Beyond this many rows a group is no faster and blocks of g leave the L2 cache.
@@ -217,10 +219,12 @@ struct Gradients {
         const int64_t columns = K - k < kNR ? K - k : kNR;
         T* const to = out + (v0 + v) * ldo + k;
         float* const wide = cut.wide ? dweight + (v0 + v) * K + k : nullptr;
-        // One line per row, a row apart: the hardware foresees none of them.
+        // One or two lines per row, a row apart: the hardware foresees none of them.
         for (int64_t r = 0; r < height; ++r) {
-          if (cut.wide) __builtin_prefetch(wide + r * K, 1);
-          else __builtin_prefetch(to + r * ldo, 1);
+          const char* line = wide ? reinterpret_cast<const char*>(wide + r * K)
+                                  : reinterpret_cast<const char*>(to + r * ldo);
+          __builtin_prefetch(line, 1);
+          if (wide || sizeof(T) == 4) __builtin_prefetch(line + 64, 1);
         }
         block_gemm(height, int64_t{kNR}, count, g + v * ldg, ldg, x_panels + k * Mp, tile,
                    int64_t{kNR}, false);
@@ -253,12 +257,17 @@ struct Gradients {
                 padded_k<C>(super_end - super) * kNR);
   }
 
+  // Adds g^T W of the super-block's n words, kGather of them at a time: g^T of so many stays in L2
+  // while the panels of W pass.
   void gather_dx(int64_t n, bool first) const {
-    const int64_t panels = width / kNR, cost = count * n * kNR;
-    parallel_items(panels, cost, [&](int64_t k) {
-      block_gemm(count, int64_t{kNR}, n, transposed, kSuperBlock,
-                 w_panels + k * kNR * padded_k<C>(n), dx + k * kNR, width, !first);
-    });
+    for (int64_t v = 0; v < n; v += kGather) {
+      const int64_t depth = n - v < kGather ? n - v : kGather;
+      parallel_items(width / kNR, count * depth * kNR, [&](int64_t k) {
+        block_gemm(count, int64_t{kNR}, depth, transposed + v, kSuperBlock,
+                   w_panels + k * kNR * padded_k<C>(n) + v * kNR, dx + k * kNR, width,
+                   v > 0 || !first);
+      });
+    }
   }
 
   void store_dx() const {
