@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const float* in, float* 
   out[5 * kThreads + i] = block_max<kThreads>(x, s.scratch);
 }
 
-// The words of elements 4 * thread + 0..3 under seed 2^40 + 7, as floats' bits would lose some: /
-// 2^8.
+// The words of elements 4 * thread + 0..3 under seed 2^40 + 7 without their low 8 bits, which a
+// float has no room for.
 __global__ void __launch_bounds__(kThreads) philox_kernel(float* out) {
   const philox::Words w = philox::words((uint64_t{1} << 40) + 7, static_cast<uint64_t>(thread()));
   for (int j = 0; j < 4; ++j) out[4 * thread() + j] = static_cast<float>(w.word[j] >> 8);
