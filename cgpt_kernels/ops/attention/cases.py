@@ -84,7 +84,7 @@ class AttentionCase(Case):
 
     def torch_call(self, inputs, wrap=lambda f: f):
         """scaled_dot_product_attention; its mask is made beforehand, which is its best case."""
-        if self.bias is not None or self.alibi or self.dropout_p:
+        if self.bias is not None or self.alibi:
             raise ValueError(f"attention case {self.name}: no single torch call does this")
         mask, causal = None, self.causal and self.Sq == self.Sk
         if self.causal and self.Sq not in (1, self.Sk):
@@ -92,11 +92,9 @@ class AttentionCase(Case):
         if self.padding is not None:
             real = ~inputs["key_padding_mask"][:, None, None, :]
             mask, causal = (real if mask is None else mask & real), False
-        scale = self.scale
+        options = {"is_causal": causal, "scale": self.scale, "dropout_p": self.dropout_p}
         attend = wrap(
-            lambda q, k, v, mask: F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale
-            )
+            lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
         )
         args = inputs["q"], inputs["k"], inputs["v"], mask
         return lambda: attend(*args)
@@ -177,6 +175,8 @@ CASES = [
     _case("111m_decode_2048", "111M, one token, full cache", 1, 12, 1, 2048, 64, **_BENCH),
     _case("590m_512", "D = 128", 1, 12, 512, 512, 128, layout="packed", **_BENCH),
     _case("2b7_512", "D = 80", 1, 32, 512, 512, 80, layout="packed", **_BENCH),
+    _case("111m_512_dropout", "training with dropout, unfused in torch on the CPU", 1, 12, 512, 512,
+          64, layout="packed", dropout_p=0.1, **_BENCH),
     _case("bert_256", "bidirectional with right padding", 4, 12, 256, 256, 64, causal=False,
           padding="right", layout="packed", **_BENCH),
 ]  # fmt: skip

@@ -88,7 +88,7 @@ void main_pass(const AttentionBwdArgs& a, const Dropout& dropout, float* stats) 
       auto work = take_scratch<Gradients>(S_q, D);
       const int64_t b = head / H, h = head % H;
       const LogitRule rule = logit_rule(a.fwd, b, h);
-      work.load_head(a, b, h);
+      work.load_head(a, rule, b, h);
       work.run_part(a, rule, dropout, RowStats(stats, head, S_q), b, h, 0, work.sum);
       for (int64_t n = 1; n < parts; ++n) {
         work.run_part(a, rule, dropout, RowStats(stats, head, S_q), b, h, n, work.part);
@@ -107,8 +107,9 @@ void main_pass(const AttentionBwdArgs& a, const Dropout& dropout, float* stats) 
       // Under a causal mask the first parts are seen by the most queries: they go first.
       const int64_t n = item / count, head = first + item % count, b = head / H, h = head % H;
       auto work = take_scratch<Gradients>(S_q, D);
-      work.load_head(a, b, h);
-      work.run_part(a, logit_rule(a.fwd, b, h), dropout, RowStats(stats, head, S_q), b, h, n,
+      const LogitRule rule = logit_rule(a.fwd, b, h);
+      work.load_head(a, rule, b, h);
+      work.run_part(a, rule, dropout, RowStats(stats, head, S_q), b, h, n,
                     shares + (item % count * parts + n) * size);
     });
     parallel_items(count * chunks, kRowsM * parts * D, [&](int64_t item) {
