@@ -120,6 +120,9 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
             return None, _C_REASON
         found = getattr(module, name, None)
         if found is not None:
+            limits = _beside(folder, "unsupported") if backend == "cuda" else None
+            if limits is not None:
+                _LIMITS[op, backend] = limits
             # A kernel that works in memory of the caller's has a function that allocates it.
             return (backend == "cuda" and _beside(folder, kernel)) or found, None
         if module is _C and backend == "cuda" and not _C.cuda_built():

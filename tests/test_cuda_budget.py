@@ -148,6 +148,15 @@ def test_tiles_of_gemm_use_tensor_cores_and_few_rows_load_16_bytes():
             assert wanted <= {*row["instructions"]}, f"{kernel} for {architecture}"
 
 
+def test_attention_of_16_bits_uses_tensor_cores_and_16_byte_copies():
+    for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["attention"].items():
+        if "Shape<bf16" in kernel or "Shape<f16" in kernel:
+            for architecture, row in rows.items():
+                assert {"mma", "ldmatrix", "copy_async_16"} <= {*row["instructions"]}, (
+                    f"{kernel} for {architecture}"
+                )
+
+
 def test_aligned_layer_norm_moves_16_bytes_at_a_time():
     for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["layer_norm"].items():
         if kernel.endswith(", true>"):
