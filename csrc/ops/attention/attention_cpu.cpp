@@ -146,7 +146,8 @@ void backward(const AttentionBwdArgs& a) {
   }
   float* stats = static_cast<float*>(
       thread_scratch(1, static_cast<size_t>(RowStats::kFloats * heads * S_q) * sizeof(float)));
-  const bool exact = !a.fwd.row_stats || a.dbias || S_q <= kDecodeRows<T>;
+  // Of one key the weight is 1 to the last bit, and dS is 0 only where delta is dP itself.
+  const bool exact = !a.fwd.row_stats || a.dbias || S_q <= kDecodeRows<T> || S_k == 1;
   parallel_items(heads * chunks, kRowsM * D * (exact ? S_k : 1), [&](int64_t item) {
     // The last rows see the most keys.
     const int64_t begin = (chunks - 1 - item / heads) * kRowsM, head = item % heads;
