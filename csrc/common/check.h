@@ -32,9 +32,11 @@ struct Checker {
   const char* op;
   Device device = Device::cpu;
 
-  // `message` is text, or a function that makes it: only a failed check pays for strings.
+  // `message` is a literal, or a function that makes text: only a failed check pays for strings.
+  // A std::string is refused, since its making would cost a tiny call a tenth of its time.
   template <class Message>
   void require(bool ok, const Message& message) const {
+    static_assert(!std::is_same_v<Message, std::string>, "wrap the message in a lambda");
     if (ok) return;
     if constexpr (std::is_invocable_v<Message>) fail(std::string(op) + ": " + message());
     else fail(std::string(op) + ": " + message);

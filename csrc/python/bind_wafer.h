@@ -10,7 +10,7 @@ namespace {
 template <class T>
 T* dense(const char* name, Tensor t, DType dtype, std::initializer_list<int64_t> extents) {
   const Checker check{"wafer_run"};
-  check.require(static_cast<bool>(t), std::string(name) + " is missing");
+  check.require(static_cast<bool>(t), [&] { return std::string(name) + " is missing"; });
   check.dtype(name, t, {dtype});
   bool ok = t.device == Device::cpu && t.ndim == static_cast<int>(extents.size());
   int64_t stride = 1;
@@ -18,7 +18,9 @@ T* dense(const char* name, Tensor t, DType dtype, std::initializer_list<int64_t>
     const int64_t wanted = extents.begin()[d];
     ok = (wanted < 0 || t.shape[d] == wanted) && (t.shape[d] == 1 || t.strides[d] == stride);
   }
-  check.require(ok, std::string(name) + " has a wrong shape or is not dense, got " + shape_text(t));
+  check.require(ok, [&] {
+    return std::string(name) + " has a wrong shape or is not dense, got " + shape_text(t);
+  });
   return t.as<T>();
 }
 

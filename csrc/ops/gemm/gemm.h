@@ -80,7 +80,8 @@ inline void low_rank_check(const Checker& c, const LowRankTerm& t, int64_t M, in
 }
 
 inline void dropout_check(const Checker& c, double p) {
-  c.require(p >= 0.0 && p < 1.0, "dropout_p must be in [0, 1), got " + std::to_string(p));
+  c.require(p >= 0.0 && p < 1.0,
+            [&] { return "dropout_p must be in [0, 1), got " + std::to_string(p); });
 }
 
 inline void gemm_check(const GemmArgs& a, Device device = Device::cpu) {

@@ -110,13 +110,15 @@ inline WeightFormat weight_format_of(const std::string& name) {
 }
 
 inline void packed_weight_check(const Checker& c, const PackedWeight& w) {
-  c.require(w.N >= 0 && w.K >= 0, "N and K must not be negative, got " + std::to_string(w.N) +
-                                      " and " + std::to_string(w.K));
+  c.require(w.N >= 0 && w.K >= 0, [&] {
+    return "N and K must not be negative, got " + std::to_string(w.N) + " and " +
+           std::to_string(w.K);
+  });
   c.require(w.format != WeightFormat::int4 || w.group == 32 || w.group == 64,
-            "group must be 32 or 64, got " + std::to_string(w.group));
+            [&] { return "group must be 32 or 64, got " + std::to_string(w.group); });
   // 255 * 127 * K must fit the 32 bits in which products of bytes are summed.
   c.require(w.format != WeightFormat::int8 || w.K <= 65536,
-            "K must be at most 65536 for int8, got " + std::to_string(w.K));
+            [&] { return "K must be at most 65536 for int8, got " + std::to_string(w.K); });
 }
 
 inline void packed_gemm_check(const PackedGemmArgs& a) {
@@ -143,7 +145,7 @@ inline void packed_gemm_check(const PackedGemmArgs& a) {
   c.dense_rows("y", a.y);
   const int64_t panels = a.panels < 0 ? panel_count(N) - a.first_panel : a.panels;
   c.require(a.first_panel >= 0 && panels >= 0 && a.first_panel + panels <= panel_count(N),
-            "panels must lie in the weight's " + std::to_string(panel_count(N)));
+            [&] { return "panels must lie in the weight's " + std::to_string(panel_count(N)); });
   low_rank_check(c, a.low_rank, M, N, a.x.dtype);
 }
 
