@@ -16,18 +16,19 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import checks
+from . import backends, checks
 
 # One sample lasts at least this long, 100 times the resolution of the clock and of a timer tick's
 # disturbance; short enough for some samples to fall between two time slices of another process.
 SAMPLE_SECONDS = 0.002
-PEAK_SECONDS = 1.5  # time to look for a quiet moment in which a peak shows
+PEAK_SECONDS = 0.5  # time to look for a quiet moment in which a peak shows: 10,000 samples
 BUSY = 0.25  # other processes' share of the cores beyond which a run is called disturbed
 
 
@@ -100,35 +101,75 @@ def threads(count: int | None):
 # ---- what the machine can do --------------------------------------------------------------------
 
 
-def peak_flops(dtype: torch.dtype, threads: int) -> float:
-    """Highest FLOP/s of a large matrix product by torch; `threads` is part of the cache's key.
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
 
-    fp16 can always be computed as fp32, which torch's own fp16 product is far slower than on
-    processors without fp16 arithmetic.
+
+def peak_flops(dtype: torch.dtype, threads: int) -> float:
+    """Highest operations per second that the tier in use has an instruction for, all threads
+    together; `threads` is part of the cache's key.
+
+    A dtype can always be computed in a wider one: fp16 as fp32, bf16 as fp32, int8 as bf16.
     """
-    if dtype == torch.float16:
-        return max(_peak_flops(dtype, threads), _peak_flops(torch.float32, threads))
-    return _peak_flops(dtype, threads)
+    wider = {
+        torch.int8: torch.bfloat16,
+        torch.bfloat16: torch.float32,
+        torch.float16: torch.float32,
+    }
+    own = _peak_flops(dtype, threads)
+    return max(own, peak_flops(wider[dtype], threads)) if dtype in wider else own
 
 
 @functools.cache
 def _peak_flops(dtype: torch.dtype, threads: int) -> float:
+    """0 where the tier has no instruction for dtype."""
+    if backends._C is None or not backends._C.peak_rate("fp32", 0.0):
+        return _product_flops(dtype)
+    if dtype not in _FORMATS:
+        return 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        rate = functools.partial(backends._C.peak_rate, _FORMATS[dtype])
+        return sum(pool.map(rate, [PEAK_SECONDS] * threads))
+
+
+def _product_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of the best of three matrix products by torch, where no instruction is known of."""
+    if dtype == torch.int8:
+        return 0.0
     calls = {}
     for size in (512, 1024, 1536):
         x, w = torch.randn(2, size, size).to(dtype)
         calls[size] = functools.partial(torch.mm, x, w)
-    taken = interleave(calls, seconds=PEAK_SECONDS)
+    taken = interleave(calls, seconds=4 * PEAK_SECONDS)
     return max(2 * size**3 / timing.minimum for size, timing in taken.items())
 
 
 @functools.cache
 def _bandwidths(threads: int) -> dict[int, float]:
-    # The slope between a size and its double: the cost of a call, which would hide small sizes,
-    # cancels. All sizes in one run, since a disturbed minimum spoils a slope.
-    sizes = [1 << p for p in range(18, 30)]
-    taken = interleave({n: torch.ones(n // 4).sum for n in sizes}, seconds=2 * PEAK_SECONDS)
-    slopes = {n: taken[2 * n].minimum - taken[n].minimum for n in sizes[:-1]}
-    return {n: n / slope for n, slope in slopes.items() if slope > 0}
+    """Bytes per second that `threads` read together, by the size of what they share out."""
+    largest = 1 << 28
+    whole = torch.empty(largest, dtype=torch.uint8).random_()
+    best: dict[int, float] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for size in (1 << p for p in range(18, 29)):
+            part = size // threads // 256 * 256
+            parts = [whole[t * part :][:part] for t in range(threads)]
+            passes = max(1, (32 << 20) // size)
+            read = functools.partial(_read_seconds, passes=passes)
+            read_all = functools.partial(pool.map, read, parts)
+            # the slower thread sets the time of a turn
+            seconds = min(max(read_all()) for _ in range(20))
+            best[size] = passes * part * threads / seconds
+    return best
+
+
+def _read_seconds(part: torch.Tensor, passes: int) -> float:
+    if backends._C is not None:
+        return backends._C.read_seconds(part, passes)
+    words = part.view(torch.float32)
+    start = time.perf_counter()
+    for _ in range(passes):
+        words.sum()
+    return time.perf_counter() - start
 
 
 def bandwidth(nbytes: int, threads: int) -> float:
@@ -156,7 +197,9 @@ def bound(flops: int, nbytes: int, dtype: torch.dtype, threads: int) -> Bound:
 def _gpu_flops(dtype: torch.dtype) -> float:
     x, w = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
     taken = interleave(
-        {"mm": functools.partial(torch.mm, x, w)}, seconds=PEAK_SECONDS, wait=torch.cuda.synchronize
+        {"mm": functools.partial(torch.mm, x, w)},
+        seconds=4 * PEAK_SECONDS,
+        wait=torch.cuda.synchronize,
     )
     return 2 * 8192**3 / taken["mm"].minimum
 
@@ -166,7 +209,7 @@ def _gpu_bandwidth() -> float:
     source = torch.randn(1 << 28, device="cuda")  # 1 GB, beyond any cache
     into = torch.empty_like(source)
     copy = functools.partial(into.copy_, source)
-    taken = interleave({"copy": copy}, seconds=PEAK_SECONDS, wait=torch.cuda.synchronize)
+    taken = interleave({"copy": copy}, seconds=4 * PEAK_SECONDS, wait=torch.cuda.synchronize)
     return 2 * source.nbytes / taken["copy"].minimum
 
 
@@ -219,6 +262,7 @@ def machine(**more) -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": machine_cpu(),
+        "tier": None if backends._C is None else backends._C.cpu_isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -240,8 +284,12 @@ def machine_cpu() -> str:
 
 
 def machine_name() -> str:
-    """A folder name for this machine: `amd-epyc-2-cores`."""
+    """A folder name for this machine: `amd-epyc-9b14-2-cores`, or `amd-epyc-family-26-2-cores`
+    where a virtual machine keeps the model to itself."""
     cpu = re.sub(r"\(r\)|\(tm\)|cpu|processor|@.*", " ", machine_cpu().lower())
+    family = _first(r"^cpu family\s*:\s*(.+)$", "/proc/cpuinfo")
+    if family is not None and not re.search(r"\d", cpu):
+        cpu += f" family {family}"
     return f"{re.sub(r'[^a-z0-9]+', '-', cpu).strip('-')}-{os.cpu_count()}-cores"
 
 

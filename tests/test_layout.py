@@ -13,7 +13,8 @@ OPS = sorted(p.name for p in (PACKAGE / "ops").iterdir() if (p / "op.py").exists
 # Floors from the ground up: a room may use its own folder and lower floors.
 FLOORS = [
     {"_C", "checks", "checkpoint", "triton_substrate"},
-    {"backends", "testing", "timing"},
+    {"backends", "testing"},
+    {"timing"},
     {"wafer"},
     {"ops"},
     {"gpt", "decoder"},

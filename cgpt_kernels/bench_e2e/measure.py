@@ -247,8 +247,7 @@ def _row(
 
 
 def _peaks(run: Run) -> dict:
-    arguments = (str(run.folder), str(run.threads))
-    return json.loads(helper_process(run, "peaks", *arguments, timed=True))
+    return json.loads(helper_process(run, "peaks", str(run.threads), timed=True))
 
 
 def _best(a: dict, b: dict) -> dict:

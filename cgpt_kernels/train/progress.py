@@ -82,7 +82,7 @@ class Progress:
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """The processor's, measured once in about two seconds."""
+    """The processor's, measured once in a second."""
     return timing.peak_flops(dtype, torch.get_num_threads())
 
 

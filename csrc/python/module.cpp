@@ -3,6 +3,7 @@
 // The binding lists, one header per op, meet in this one translation unit: reading pybind11's
 // headers is most of their compile time.
 #include "../cpu/isa.h"
+#include "../cpu/peak.h"
 #include "bind_attention.h"
 #include "bind_cross_entropy.h"
 #include "bind_decoder.h"
@@ -32,6 +33,21 @@ PYBIND11_MODULE(_C, m) {
       "Names of the tiers that this processor can run.");
   m.def("set_cpu_isa", &cgpt::set_isa, py::arg("name"),
         "Force a tier by name for the process; 'auto' returns to the best one.");
+  m.def("peak_rate", &cgpt::peak_rate, py::arg("format"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Highest operations per second of the calling thread in 'fp32', 'bf16' or 'int8'; 0 where "
+        "the tier in use has no instruction for it.");
+  m.def(
+      "read_seconds",
+      [](cgpt::python::Tensor data, int passes) {
+        const auto bytes = static_cast<size_t>(data.numel());
+        if (data.ndim != 1 || data.dtype != cgpt::DType::u8 || bytes % 256)
+          cgpt::fail("read_seconds: data must be bytes, a multiple of 256 of them");
+        const py::gil_scoped_release release;
+        return cgpt::read_seconds(data.data, bytes, passes);
+      },
+      py::arg("data"), py::arg("passes"),
+      "Seconds in which the calling thread reads data so many times.");
   m.def("cuda_built", [] {
 #ifdef CGPT_CUDA
     return true;
