@@ -37,8 +37,10 @@ class _OneLineErrors(TyperGroup):
         except (typer.Abort, KeyboardInterrupt):
             code = 130
         except usage_error as error:
-            message, code = f"{error.format_message()} (--help shows the options)", 2
-            typer.echo(_one_line(message), err=True)
+            message, code = error.format_message(), 2
+            if type(error).__name__ != "NoArgsIsHelpError":  # whose message is the help itself
+                message = _one_line(f"{message} (--help shows the options)")
+            typer.echo(message, err=True)
         except _USER_ERRORS as error:
             if os.environ.get("CGPT_TRACEBACK") == "1":
                 raise

@@ -53,6 +53,11 @@ def small_shape(monkeypatch):
 # ---- help ---------------------------------------------------------------------------------------
 
 
+def test_a_group_without_a_command_prints_its_help():
+    result = run("wafer")
+    assert result.exit_code == 2 and "\n  cgpt-kernels wafer estimate --model" in result.output
+
+
 def test_no_command_prints_the_help():
     result = run()
     assert result.exit_code == 0

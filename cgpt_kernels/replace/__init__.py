@@ -37,7 +37,7 @@ _DECODERS = {
     "cgpt_kernels.gpt": "reference_gpt",
     "transformers.models.gpt2.modeling_gpt2": "hf_gpt2",
 }
-_SUPPORTED = f"cgpt_kernels.GPT, Hugging Face GPT-2 and BERT, and {torch_nn.SUPPORTED} in any model"
+_SUPPORTED = f"cgpt_kernels.GPT, Hugging Face GPT-2 and BERT, and {torch_nn.SUPPORTED}"
 QUANTIZED = ("int8", "int4")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
