@@ -34,6 +34,8 @@ test-cuda: cuda-host
 	  $(BIN)/python -m pytest -q -n 2 -k cuda tests/test_ops.py || exit 1; done
 	$(ASAN) CGPT_CUDA_HOST=asan CGPT_CUDA_HOST_SEED=1 $(BIN)/python -m pytest -q \
 	  -k "$(SANITIZED)" tests/test_ops.py
+	$(ASAN) CGPT_CUDA_HOST=asan CGPT_CUDA_HOST_SEED=1 $(BIN)/python -m pytest -q \
+	  -k "rule or alignment" tests/test_cuda_decoder.py
 
 cuda-host: .venv/installed
 	CGPT_CUDA=host $(BIN)/python setup.py --quiet build_ext --inplace

@@ -166,7 +166,7 @@ def ninja_text(out, includes, nvcc):
             "  deps = gcc",
             "  description = NVCC $out",
         ]
-        for source in sources("ops/*/*_cuda.cu"):
+        for source in [*sources("gpt/*_cuda.cu"), *sources("ops/*/*_cuda.cu")]:
             add("nvcc", source)
     link = f"{cxx} -shared -fopenmp"
     if nvcc:  # nvcc knows its libraries; the static runtime loads where there is no CUDA at all
@@ -204,6 +204,7 @@ def host_text(out, includes, name, kernel_flags, flags):
         ("cuda/*.cpp", ""),
         ("python/cuda_host.cpp", binding),
         ("cuda/*_test.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
+        ("gpt/*_cuda.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
         ("ops/*/*_cuda.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
     ):
         for source in sources(pattern):

@@ -184,6 +184,11 @@ def _devices(backend: str) -> tuple[str, ...]:
     return (*devices, "cpu") if backend == "triton" and _interpreted() else devices
 
 
+def takes(backend: str, x: torch.Tensor) -> bool:
+    """Whether a backend's kernels take tensors like x, by device and dtype."""
+    return x.device.type in _devices(backend) and x.dtype in BACKENDS[backend].dtypes
+
+
 def why_not(op: str, backend: str, tensors: tuple) -> str | None:
     """The reason why a backend cannot run the op on these tensors, or None when it can."""
     x, what = tensors[0], BACKENDS[backend]

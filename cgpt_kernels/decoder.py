@@ -1,4 +1,5 @@
-"""The inference step of a GPT-2-class model in one call of C++: csrc/gpt/decoder.h.
+"""The inference step of a GPT-2-class model in one call of C++: csrc/gpt/decoder.h, and on CUDA
+csrc/gpt/decoder_cuda.h.
 
 B sequences, S new tokens, T cached + new ones, C width, L layers, H heads, D = C / H, V vocabulary.
 """
@@ -58,7 +59,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
-    """A whole model. wte [V, C], wpe [positions, C]; activation as ops.gemm names it."""
+    """A whole model. wte [V, C], wpe [positions, C]; activation as ops.gemm names it.
+
+    backend: whose decoder runs it, "cpu" (`Decoder`) or "cuda" (`CudaDecoder`).
+    embeddings_scale: multiplies token + position embeddings; 1 for "cpu", whose tables hold it.
+    """
 
     wte: Tensor
     wpe: Tensor
@@ -68,6 +73,26 @@ class Parts:
     n_head: int
     eps: float
     activation: str
+    backend: str = "cpu"
+    embeddings_scale: float = 1.0
+
+    def as_arguments(self) -> tuple:
+        layers = [layer.as_tuple() for layer in self.layers]
+        head = self.head.as_tuple()
+        rest = self.n_head, self.eps, self.activation
+        return self.wte, self.wpe, layers, self.norm, head, *rest
+
+
+def kind_for(asked: str, wte: Tensor) -> str | None:
+    """The backend whose decoder runs a model whose blocks were asked to run on `asked`: "cpu",
+    "cuda", or None where only modules can."""
+    for kind, module, name in (
+        ("cpu", backends._C, "Decoder"),
+        ("cuda", backends.cuda_kernels(), "CudaDecoder"),
+    ):
+        if asked in ("auto", kind) and hasattr(module, name) and backends.takes(kind, wte):
+            return kind
+    return None
 
 
 class Decoder:
@@ -78,16 +103,7 @@ class Decoder:
 
     def __init__(self, parts: Parts, batch: int, capacity: int):
         self.parts = parts  # the C++ object borrows their memory
-        self._decoder = backends._C.Decoder(
-            parts.wte,
-            parts.wpe,
-            [layer.as_tuple() for layer in parts.layers],
-            parts.norm,
-            parts.head.as_tuple(),
-            parts.n_head,
-            parts.eps,
-            parts.activation,
-        )
+        self._decoder = backends._C.Decoder(*parts.as_arguments())
         V, C = parts.wte.shape
         shape = len(parts.layers), batch, parts.n_head, capacity, C // parts.n_head  # L B H T D
         self.keys, self.values = (torch.empty(shape, dtype=parts.wte.dtype) for _ in range(2))
@@ -110,3 +126,71 @@ class Decoder:
         )
         self.length += S
         return self.logits
+
+
+class CudaDecoder:
+    """One sequence batch being written on a GPU, in `tokens` itself: a step reads its tokens there
+    and leaves the greedy one behind them, and where it stands lies in device memory. So a step of
+    one token is the same launches every time, captured once as a CUDA graph and replayed.
+
+    tokens: int64 [B, total], contents below V; what a step has written may be overwritten before
+        the next one.
+    padding: int64 [B], how many leading tokens of each row are padding; None: none.
+
+    Raises ValueError, naming the part, where shapes or dtypes do not fit together.
+    """
+
+    # Steps that must be left for a capture to be made, which costs about as much as a few of them.
+    WORTH_CAPTURING = 8
+
+    def __init__(self, parts: Parts, tokens: Tensor, padding: Tensor | None = None):
+        kernels = backends.cuda_kernels()
+        self.parts, self.tokens = parts, tokens  # the C++ object borrows the parts' memory
+        self._decoder = kernels.CudaDecoder(*parts.as_arguments(), parts.embeddings_scale)
+        (B, self.total), (V, C), H = tokens.shape, parts.wte.shape, parts.n_head
+        new, D = parts.wte.new_empty, C // H
+        self.keys, self.values = (new(len(parts.layers), B, H, self.total, D) for _ in range(2))
+        self.logits = new(B, V)
+        inner = parts.layers[0].fc.weight.shape[parts.layers[0].fc.layout == "kn"]
+        self._columns = kernels.decoder_room_cuda(C, inner)
+        self._room = new(B, self._columns)
+        work = B * H * kernels.decoder_attention_cuda(self.total, D)
+        self._work = new(work, dtype=torch.float32)
+        self._hidden = torch.ones_like(tokens, dtype=torch.bool)
+        self._length = tokens.new_zeros(B)
+        self._padding = self._length.clone() if padding is None else padding
+        self.length = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, S: int = 1) -> Tensor:
+        """Append the next S of the tokens to the cache (S > 1: the first ones); returns the last
+        one's logits, [B, V], which the next step overwrites."""
+        if self.length + S > self.total or (S > 1 and self.length):
+            raise ValueError(
+                f"CudaDecoder: S must be 1, or the first {self.total} tokens at most, got {S} "
+                f"after {self.length}"
+            )
+        first = self.length == 0
+        self.length += S
+        if self._graph is not None:
+            self._graph.replay()
+        elif S > 1:
+            self._launch(self._room.new_empty(S * self._room.shape[0], self._columns))
+        elif first or not self.tokens.is_cuda or self.total - self.length < self.WORTH_CAPTURING:
+            self._launch(self._room)
+        else:
+            self._capture()
+        return self.logits
+
+    def _launch(self, room: Tensor) -> None:
+        place = self.tokens, self._length, self._padding, self._hidden
+        self._decoder.step(*place, self.keys, self.values, room, self._work, self.logits)
+
+    def _capture(self) -> None:
+        """One step as it is, which loads what it needs, then the graph of those to come."""
+        with torch.cuda.device(self.tokens.device):
+            self._launch(self._room)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._launch(self._room)
+        self._graph = graph

@@ -68,7 +68,7 @@ def generate(
         mask[:, :S] = attention_mask.bool()
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    run.start(B, total)
+    run.start(tokens, mask)
     for at in range(S, total):
         first = at - 1 if use_cache and at > S else 0  # cached tokens are not fed again
         logits = run.step(
@@ -76,11 +76,15 @@ def generate(
             None if mask is None else mask[:, :at],
             None if positions is None else positions[:, first:at],
         )
-        chosen = _choose(logits.float(), temperature, top_k, top_p, generator)  # B
+        written = run.writes and temperature == 0
+        chosen = tokens[:, at]  # B
+        if not written:
+            chosen = _choose(logits.float(), temperature, top_k, top_p, generator)
         if ends is not None:
             chosen = torch.where(ended, ends[0], chosen)
             ended |= torch.isin(chosen, ends)
-        tokens[:, at] = chosen
+        if not written or ends is not None:
+            tokens[:, at] = chosen
         if stream is not None:
             stream(chosen.cpu())
         if ends is not None and bool(ended.all()):
@@ -89,14 +93,19 @@ def generate(
 
 
 class _ReferenceSteps:
-    """Logits of the last position, step by step, from a `GPT` and its static cache."""
+    """Logits of the last position, step by step, from a `GPT` and its static cache.
+
+    writes: whether a step leaves the greedy tokens behind its own in the `tokens` of `start`.
+    """
+
+    writes = False
 
     def __init__(self, model: nn.Module, config, use_cache: bool):
         self.model, self.use_cache = model, use_cache
         self.vocab_size, self.n_positions = config.vocab_size, config.n_positions
 
-    def start(self, batch: int, total: int) -> None:
-        self.cache = self.model.new_cache(batch, total) if self.use_cache else None
+    def start(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self.cache = self.model.new_cache(*tokens.shape) if self.use_cache else None
 
     def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         logits = self.model(
@@ -108,19 +117,36 @@ class _ReferenceSteps:
 class _DecoderSteps:
     """The same from a replaced model's parts, one call of C++ a step."""
 
+    writes = False
+
     def __init__(self, parts: decoder.Parts):
         self.parts = parts
         self.vocab_size, self.n_positions = parts.wte.shape[0], parts.wpe.shape[0]
 
-    def start(self, batch: int, total: int) -> None:
-        self.decoder = decoder.Decoder(self.parts, batch, total)
+    def start(self, tokens: Tensor, mask: Tensor | None) -> None:
+        self.decoder = decoder.Decoder(self.parts, *tokens.shape)
 
     def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         return self.decoder.step(ids, None if mask is None else mask == 0, positions)  # B V
 
 
+class _CudaDecoderSteps(_DecoderSteps):
+    """The same on a GPU, which needs nothing of the host from one greedy token to the next."""
+
+    writes = True
+
+    def start(self, tokens: Tensor, mask: Tensor | None) -> None:
+        padding = None if mask is None else (mask == 0).sum(1)  # B
+        self.decoder = decoder.CudaDecoder(self.parts, tokens, padding)
+
+    def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        return self.decoder.step(ids.shape[1])  # B V
+
+
 class _HuggingFaceSteps:
     """The same from a Hugging Face causal language model and the cache it returns."""
+
+    writes = False
 
     def __init__(self, model: nn.Module, use_cache: bool):
         self.model, self.use_cache = model, use_cache
@@ -130,7 +156,7 @@ class _HuggingFaceSteps:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
         self.accepted = inspect.signature(inner.forward).parameters
 
-    def start(self, batch: int, total: int) -> None:
+    def start(self, tokens: Tensor, mask: Tensor | None) -> None:
         self.cache = None
 
     def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -150,7 +176,7 @@ class _HuggingFaceSteps:
 def _adapter(model: nn.Module, use_cache: bool):
     parts = decoder_parts(model) if use_cache else None
     if parts is not None:
-        return _DecoderSteps(parts)
+        return (_CudaDecoderSteps if parts.backend == "cuda" else _DecoderSteps)(parts)
     plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     if isinstance(plain, GPT):
         return _ReferenceSteps(model, plain.config, use_cache)

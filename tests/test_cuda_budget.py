@@ -19,7 +19,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-SOURCES = {p.parent.name: p for p in sorted(ROOT.glob("csrc/ops/*/*_cuda.cu"))}
+SOURCES = {  # by op, and what is composed of ops
+    p.stem.removesuffix("_cuda"): p
+    for folder in ("ops/*", "gpt")
+    for p in sorted(ROOT.glob(f"csrc/{folder}/*_cuda.cu"))
+}
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 # Name in the budget: what the disassembler shows.

@@ -166,17 +166,17 @@ def replace(
 
 
 def decoder_parts(model: nn.Module) -> decoder.Parts | None:
-    """What a `decoder.Decoder` of a replaced model is made of; None where its modules must run.
+    """What a decoder of a replaced model is made of; None where its modules must run.
 
-    They must where the model is not on the CPU or not wholly replaced, where hooks, dropout or
-    adapters other than plain LoRA's are at work, or where a backend other than "auto" and "cpu" was
-    asked for.
+    They must where the model is not wholly replaced, where hooks, dropout or adapters other than
+    plain LoRA's are at work (on a GPU: any adapters), or where a backend other than "auto" and
+    those of the model's device that have a decoder, "cpu" and "cuda", was asked for.
     """
     if type(model).__module__ == "peft.peft_model":
         model = importlib.import_module(f"{__name__}.peft_lora").base_model(model)
     kind = type(model).original() if isinstance(model, Replaced) else type(model)
     adapter = _DECODERS.get(kind.__module__)
-    if adapter is None or backends._C is None:
+    if adapter is None:
         return None
     return importlib.import_module(f"{__name__}.{adapter}").decoder_parts(model)
 

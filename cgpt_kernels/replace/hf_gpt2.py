@@ -31,6 +31,7 @@ from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
     Product,
     Replaced,
+    decoder_kind,
     dense,
     idle,
     multiply,
@@ -219,26 +220,30 @@ def decoder_parts(model) -> decoder.Parts | None:
         return None
     top, head = model.transformer._modules, model._modules["lm_head"]
     wte, wpe = table(top["wte"]), table(top["wpe"])
-    norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear)
-    if wte is None or wpe is None or norm is None or head is None or not idle(top["drop"]):
+    if wte is None or wpe is None or not idle(top["drop"]):
         return None
-    layers = [_decoder_layer(block) for block in top["h"]]
+    kind = decoder_kind(top["h"], wte)
+    if kind is None:
+        return None
+    norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear, kind)
+    layers = [_decoder_layer(block, kind) for block in top["h"]]
     acts = {activation_name(block.mlp.act) for block in top["h"]}
     eps = {ln.eps for block in top["h"] for ln in (block.ln_1, block.ln_2)} | {top["ln_f"].eps}
-    if None in layers or None in acts or len(acts) != 1 or len(eps) != 1:
+    if norm is None or head is None or None in layers:
+        return None
+    if None in acts or len(acts) != 1 or len(eps) != 1:
         return None
     heads = model.config.n_head
-    return decoder.Parts(wte, wpe, layers, norm, head, heads, eps.pop(), acts.pop())
+    return decoder.Parts(wte, wpe, layers, norm, head, heads, eps.pop(), acts.pop(), kind)
 
 
-def _decoder_layer(block) -> decoder.Layer | None:
+def _decoder_layer(block, kind: str) -> decoder.Layer | None:
     parts = block._modules
     attn, mlp = parts["attn"], parts["mlp"]
     if not (
         plain(block, FusedGPT2Block)
         and plain(attn, FusedGPT2Attention)
         and plain(mlp, FusedGPT2MLP)
-        and block.kernel_backend in ("auto", "cpu")
         and not (attn.training and attn._modules["attn_dropout"].p)
         and idle(attn._modules["resid_dropout"])
         and idle(mlp._modules["dropout"])
@@ -249,11 +254,11 @@ def _decoder_layer(block) -> decoder.Layer | None:
         return None
     found = (
         operands(parts["ln_1"], FusedLayerNorm),
-        projection(attn._modules["c_attn"], FusedConv1D),
-        projection(attn._modules["c_proj"], FusedConv1D),
+        projection(attn._modules["c_attn"], FusedConv1D, kind),
+        projection(attn._modules["c_proj"], FusedConv1D, kind),
         operands(parts["ln_2"], FusedLayerNorm),
-        projection(mlp._modules["c_fc"], FusedConv1D),
-        projection(mlp._modules["c_proj"], FusedConv1D),
+        projection(mlp._modules["c_fc"], FusedConv1D, kind),
+        projection(mlp._modules["c_proj"], FusedConv1D, kind),
     )
     return None if None in found else decoder.Layer(attn.scaling, *found)
 

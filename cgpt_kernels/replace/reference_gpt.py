@@ -13,6 +13,7 @@ from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention, 
 from cgpt_kernels.replace.packing import given_up
 from cgpt_kernels.replace.swap import (
     Replaced,
+    decoder_kind,
     drops,
     multiply,
     norm,
@@ -138,40 +139,43 @@ def decoder_parts(model) -> decoder.Parts | None:
         return None
     top, head, c = model.transformer, model._modules["lm_head"], model.config
     wte, wpe = table(top["wte"]), table(top["wpe"])
-    norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear)
-    if wte is None or wpe is None or norm is None or head is None or _dropout(model, c.embd_pdrop):
+    if wte is None or wpe is None or _dropout(model, c.embd_pdrop):
         return None
-    layers = [_decoder_layer(block) for block in top["h"]]
-    if None in layers:
+    kind = decoder_kind(top["h"], wte)
+    if kind is None:
         return None
-    if c.mup_embeddings_scale != 1.0:
-        wte, wpe = wte * c.mup_embeddings_scale, wpe * c.mup_embeddings_scale
+    norm, head = operands(top["ln_f"], FusedLayerNorm), projection(head, FusedLinear, kind)
+    layers = [_decoder_layer(block, kind) for block in top["h"]]
+    if norm is None or head is None or None in layers:
+        return None
+    scale = c.mup_embeddings_scale
+    if kind == "cpu" and scale != 1.0:
+        wte, wpe, scale = wte * scale, wpe * scale, 1.0
     if c.logits_scale != 1.0:  # the head is linear: its input may be scaled instead, in fp32
         norm = tuple(p if p is None else p.float() * c.logits_scale for p in norm)
     activation = _ACTIVATION_NAMES[c.activation_function]
     eps = c.layer_norm_epsilon
-    return decoder.Parts(wte, wpe, layers, norm, head, c.n_head, eps, activation)
+    return decoder.Parts(wte, wpe, layers, norm, head, c.n_head, eps, activation, kind, scale)
 
 
-def _decoder_layer(block) -> decoder.Layer | None:
+def _decoder_layer(block, kind: str) -> decoder.Layer | None:
     parts = block._modules
     attn, mlp = parts["attn"], parts["mlp"]
     if not (
         plain(block, FusedBlock)
         and plain(attn, FusedCausalSelfAttention)
         and plain(mlp, FusedMLP)
-        and block.kernel_backend in ("auto", "cpu")
         and not _dropout(attn, attn.attn_pdrop or attn.resid_pdrop)
         and not _dropout(mlp, mlp.resid_pdrop)
     ):
         return None
     found = (
         operands(parts["ln_1"], FusedLayerNorm),
-        projection(attn._modules["c_attn"], FusedLinear),
-        projection(attn._modules["c_proj"], FusedLinear),
+        projection(attn._modules["c_attn"], FusedLinear, kind),
+        projection(attn._modules["c_proj"], FusedLinear, kind),
         operands(parts["ln_2"], FusedLayerNorm),
-        projection(mlp._modules["c_fc"], FusedLinear),
-        projection(mlp._modules["c_proj"], FusedLinear),
+        projection(mlp._modules["c_fc"], FusedLinear, kind),
+        projection(mlp._modules["c_proj"], FusedLinear, kind),
     )
     return None if None in found else decoder.Layer(attn.scale, *found)
 

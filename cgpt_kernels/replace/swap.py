@@ -12,7 +12,7 @@ hooks and quantised weights of others working.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn.modules.module import (
 )
 
 from cgpt_kernels import ops
-from cgpt_kernels.decoder import Projection
+from cgpt_kernels.decoder import Projection, kind_for
 from cgpt_kernels.ops.gemm import pack_weight
 from cgpt_kernels.replace.packing import current, given_up, packed
 
@@ -228,13 +228,22 @@ def project_add(
     return dropout(multiply(by, x, backend)), False
 
 
-def projection(linear: nn.Module, cls: type) -> Projection | None:
-    """What a decoder multiplies by in place of `linear`; None where it must be called."""
+def projection(linear: nn.Module, cls: type, kind: str) -> Projection | None:
+    """What a decoder multiplies by in place of `linear`; None where it must be called.
+
+    kind: the decoder's backend; "cuda" takes neither packed weights nor LoRA.
+    """
     held = linear.base_layer if type(linear).__module__ in _LORA else linear
     by = product(linear, cls, held.weight.dtype)
-    if by is None or by.dropout is not None or not (by.linear.packed_copy or by.weight.is_cpu):
+    if by is None or by.dropout is not None:
         return None
     bias = None if by.bias is None else by.bias.detach()
+    if kind == "cuda":
+        if by.lora is not None or by.linear.quantize is not None or given_up(by.linear):
+            return None
+        return Projection(by.weight.detach(), bias, cls.weight_layout)
+    if not (by.linear.packed_copy or by.weight.is_cpu):
+        return None
     weight = current(by.linear, by.weight) or by.weight.detach()
     lora = by.lora
     if lora is not None:
@@ -248,7 +257,13 @@ def table(embedding: nn.Module) -> Tensor | None:
     if not plain(embedding, nn.Embedding) or embedding.max_norm is not None:
         return None
     wb = dense(embedding)
-    return None if wb is None or not wb[0].is_cpu else wb[0].detach()
+    return None if wb is None else wb[0].detach()
+
+
+def decoder_kind(blocks: Iterable[nn.Module], wte: Tensor) -> str | None:
+    """The backend whose decoder runs these replaced blocks; None where their modules must."""
+    kinds = {kind_for(getattr(block, "kernel_backend", ""), wte) for block in blocks}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def norm(ln: nn.Module, cls: type, x: Tensor, backend: str) -> Tensor:

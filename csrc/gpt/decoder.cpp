@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../cpu/scratch.h"
+#include "decoder_check.h"
 
 namespace cgpt {
 
@@ -141,72 +142,15 @@ void append(const TensorView& part, const TensorView& cache, int64_t past) {
                     row);
 }
 
-void check_norm(const Checker& c, const char* name, const NormWeights& n, int64_t C, DType T) {
-  c.tensor(name, n.weight, {C});
-  c.dtype(name, n.weight, {T, DType::f32});
-  c.dense_rows(name, n.weight);
-  if (!n.bias) return;
-  c.tensor(name, n.bias, {C});
-  c.dtype(name, n.bias, {n.weight.dtype});
-  c.dense_rows(name, n.bias);
-}
-
-void check_projection(const Checker& c, const char* name, const Projection& p, int64_t N, int64_t K,
-                      DType T) {
-  c.require(p.outputs() == N && p.inputs() == K, [&] {
-    return std::string(name) + " must map " + std::to_string(K) + " to " + std::to_string(N) +
-           " features, got " + std::to_string(p.inputs()) + " to " + std::to_string(p.outputs());
-  });
-  if (p.weight) {
-    c.dtype(name, p.weight, {T});
-    c.dense_rows(name, p.weight);
-  }
-  if (p.lora_b) {
-    c.require(p.lora_a.K == K, [&] {
-      return std::string(name) + "'s A of lora must take " + std::to_string(K) + " features, got " +
-             std::to_string(p.lora_a.K);
-    });
-    c.tensor(name, p.lora_b, {N, p.lora_a.N});
-    c.dtype(name, p.lora_b, {DType::f32});
-    c.dense_rows(name, p.lora_b);
-  }
-  if (!p.bias) return;
-  c.tensor(name, p.bias, {N});
-  c.dtype(name, p.bias, {T, DType::f32});
-  c.dense_rows(name, p.bias);
-}
-
 }  // namespace
 
 Decoder::Decoder(DecoderWeights weights) : w_(std::move(weights)) {
-  const Checker c{"Decoder"};
-  c.require(w_.wte && w_.wte.ndim == 2, "wte must have shape (V, C)");
-  c.require(w_.wpe && w_.wpe.ndim == 2, "wpe must have shape (positions, C)");
-  const int64_t V = w_.wte.shape[0], C = w_.wte.shape[1];
-  const DType T = w_.wte.dtype;
-  c.floating("wte", w_.wte);
-  c.dtype("wpe", w_.wpe, {T});
-  c.tensor("wpe", w_.wpe, {w_.wpe.shape[0], C});
-  c.dense_rows("wte", w_.wte);
-  c.dense_rows("wpe", w_.wpe);
-  c.require(!w_.layers.empty(), "layers must not be empty");
-  c.require(w_.heads >= 1 && C % w_.heads == 0, [&] {
-    return "heads must divide the width " + std::to_string(C) + ", got " + std::to_string(w_.heads);
-  });
+  decoder_weights_check(w_);
   inner_ = w_.layers[0].fc.outputs();
   all_packed_ = !w_.head.weight;
-  for (const DecoderLayer& layer : w_.layers) {
+  for (const DecoderLayer& layer : w_.layers)
     for (const Projection* p : {&layer.qkv, &layer.proj, &layer.fc, &layer.out})
       all_packed_ = all_packed_ && !p->weight;
-    check_norm(c, "norm1", layer.norm1, C, T);
-    check_projection(c, "qkv", layer.qkv, 3 * C, C, T);
-    check_projection(c, "proj", layer.proj, C, C, T);
-    check_norm(c, "norm2", layer.norm2, C, T);
-    check_projection(c, "fc", layer.fc, inner_, C, T);
-    check_projection(c, "out", layer.out, C, inner_, T);
-  }
-  check_norm(c, "norm", w_.norm, C, T);
-  check_projection(c, "head", w_.head, V, C, T);
 }
 
 void Decoder::check(const DecoderStep& s) const {

@@ -3,6 +3,7 @@
 #include "../gpt/decoder.h"
 #include "../gpt/sample.h"
 #include "bind_gemm.h"
+#include "decoder_weights.h"
 
 namespace cgpt::python {
 namespace {
@@ -39,27 +40,11 @@ Projection projection_of(const py::tuple& t) {
   return p;
 }
 
-NormWeights norm_of(const py::tuple& t) {
-  return {t[0].cast<BorrowedTensor>(), t[1].cast<BorrowedTensor>()};
-}
-
 Decoder make_decoder(Tensor wte, Tensor wpe, const py::list& layers, const py::tuple& norm,
                      const py::tuple& head, int64_t heads, float eps,
                      const std::string& activation) {
-  DecoderWeights w;
-  w.wte = wte, w.wpe = wpe;
-  for (const auto& item : layers) {
-    const auto l = item.cast<py::tuple>();
-    if (l.size() != 7) fail("Decoder: a layer is (scale, norm1, qkv, proj, norm2, fc, out)");
-    w.layers.push_back({l[0].cast<float>(), norm_of(l[1]), projection_of(l[2]), projection_of(l[3]),
-                        norm_of(l[4]), projection_of(l[5]), projection_of(l[6])});
-  }
-  w.norm = norm_of(norm);
-  w.head = projection_of(head);
-  w.heads = heads;
-  w.eps = eps;
-  w.activation = activation_of(activation);
-  return Decoder(std::move(w));
+  return Decoder(
+      decoder_weights_of(wte, wpe, layers, norm, head, heads, eps, activation, &projection_of));
 }
 
 void decoder_step(Decoder& decoder, Tensor ids, Tensor positions, Tensor padding, Tensor keys,

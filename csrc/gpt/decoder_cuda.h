@@ -1,0 +1,76 @@
+// The decoder's step (decoder.h) on CUDA. Where it stands, in tokens, positions and cache, lies in
+// device memory: every step of one token is the same launches with the same arguments, so that one
+// CUDA graph serves them all, and nothing is allocated.
+//
+// B sequences, S new tokens each, total tokens there is room for, C width, H heads, D = C / H, L
+// layers, V vocabulary.
+#pragma once
+
+#include "../ops/attention/attention_cuda.h"
+#include "../ops/gemm/gemm_cuda.h"
+#include "decoder_check.h"
+
+namespace cgpt {
+
+struct CudaDecoderStep {
+  // [B, total] int64, contents in [0, V). A step reads S of them from `length` on and writes the
+  // greedy one behind them, where there is room.
+  TensorView tokens;
+  TensorView length;     // [B] int64: tokens in the cache, all the same; a step adds S
+  TensorView padding;    // [B] int64: leading tokens that are padding; positions count from there
+  TensorView hidden;     // [B, total] bool: true before the step's first token only where padding
+                         // lies, true from there on
+  TensorView keys;       // [L, B, H, total, D] T
+  TensorView values;     // likewise
+  TensorView room;       // [B * S, decoder_room(...)] T to work in
+  TensorView attention;  // [B * H * attention_work(1, total, D)] fp32 to work in
+  TensorView logits;     // [B, V] T: of each sequence's last token
+};
+
+// Columns of `room`: the residual stream, its norm, the heads' outputs, and q k v or the MLP's
+// inner values.
+inline int64_t decoder_room(int64_t C, int64_t inner) {
+  return 3 * C + (inner > 3 * C ? inner : 3 * C);
+}
+
+// x = scale (wte[token] + wpe[position]) and y = layer_norm(x), and what every kernel of a step
+// needs to find its row.
+struct DecoderPlace {
+  TensorView tokens, length, padding, hidden;
+  int64_t S = 1;
+};
+struct DecoderEmbedArgs {
+  DecoderPlace place;
+  TensorView wte, wpe;
+  NormWeights norm;
+  TensorView x, y;  // [B * S, C] T
+  float scale = 1.0f, eps = 1e-5f;
+};
+
+class CudaDecoder {
+ public:
+  // embeddings_scale: multiplies token + position embeddings (muP). Weights are not packed and have
+  // no LoRA. Throws std::invalid_argument naming what does not fit.
+  CudaDecoder(DecoderWeights weights, float embeddings_scale, Device device);
+
+  // S = 1, or S > 1 on an empty cache.
+  void step(const CudaDecoderStep& step) const;
+
+ private:
+  void check(const CudaDecoderStep& step) const;
+
+  DecoderWeights w_;
+  float embeddings_scale_;
+  Device device_;
+};
+
+void decoder_embed_cuda(const DecoderEmbedArgs& args);
+// k and v, the last 2 C columns of qkv [B * S, 3 C], go behind the tokens that layer `layer` of the
+// cache has.
+void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv, const TensorView& keys,
+                         const TensorView& values, int64_t layer);
+// The likeliest token of each row of logits, the first of equals, goes behind the step's tokens;
+// the lengths grow.
+void decoder_choose_cuda(const DecoderPlace& place, const TensorView& logits);
+
+}  // namespace cgpt

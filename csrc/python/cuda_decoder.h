@@ -1,0 +1,29 @@
+#pragma once
+
+#include "../gpt/decoder_cuda.h"
+#include "cuda.h"
+#include "decoder_weights.h"
+
+namespace cgpt::python {
+
+inline void bind_cuda_decoder(py::module_& m) {
+  py::class_<CudaDecoder>(m, "CudaDecoder", "The inference step of a GPT-2-class model on CUDA.")
+      .def(py::init([](Tensor wte, Tensor wpe, const py::list& layers, const py::tuple& norm,
+                       const py::tuple& head, int64_t heads, float eps,
+                       const std::string& activation, float embeddings_scale) {
+        return CudaDecoder(decoder_weights_of(wte, wpe, layers, norm, head, heads, eps, activation,
+                                              &plain_projection_of),
+                           embeddings_scale, kCudaDevice);
+      }))
+      .def("step", [](const CudaDecoder& decoder, Tensor tokens, Tensor length, Tensor padding,
+                      Tensor hidden, Tensor keys, Tensor values, Tensor room, Tensor attention,
+                      Tensor logits) {
+        py::gil_scoped_release release;
+        decoder.step({tokens, length, padding, hidden, keys, values, room, attention, logits});
+      });
+  m.def("decoder_room_cuda", &decoder_room);
+  m.def("decoder_attention_cuda",
+        [](int64_t total, int64_t D) { return attention_work(1, total, D); });
+}
+
+}  // namespace cgpt::python

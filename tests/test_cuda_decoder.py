@@ -1,0 +1,213 @@
+"""The decoder's step on CUDA, on the host implementation and where there is a GPU on that."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import cgpt_kernels as ck
+from cgpt_kernels import backends
+from cgpt_kernels.decoder import CudaDecoder
+from cgpt_kernels.replace import decoder_parts
+from tests import small_gpt2
+from tests.test_decoder import CONFIG, MUP, hold_logits, reference
+
+BUILD = "CGPT_CUDA=host python setup.py build_ext --inplace"
+host = backends._CUDA_HOST or pytest.importorskip(
+    "cgpt_kernels._cuda_host", reason=f"not built: {BUILD}"
+)
+GPU = torch.cuda.is_available() and hasattr(backends._C, "CudaDecoder")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEEDS = ("0", "1", "2")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["host", *(["cuda"] if GPU else [])])
+def device(request, monkeypatch):
+    """Where the models lie: on the CPU, whose tensors the host implementation takes, or a GPU."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    monkeypatch.setattr(backends, "_CUDA_HOST", host)
+    backends.implementation.cache_clear()
+    yield "cpu"
+    monkeypatch.undo()
+    backends.implementation.cache_clear()
+
+
+@pytest.fixture(params=SEEDS)
+def order_of_threads(request, monkeypatch):
+    monkeypatch.setenv("CGPT_CUDA_HOST_SEED", request.param)
+
+
+in_every_order = pytest.mark.usefixtures("order_of_threads")
+
+
+def replaced(model, device):
+    model = model.to(device)
+    ck.replace(model, backend="cuda")
+    assert decoder_parts(model).backend == "cuda"
+    return model
+
+
+def written(model, device, ids, total, padding=None):
+    """A decoder of the model behind a prompt, and the logits behind that."""
+    tokens = torch.full((ids.shape[0], total), -1, device=device)
+    tokens[:, : ids.shape[1]] = ids.to(device)
+    made = CudaDecoder(decoder_parts(model), tokens, padding)
+    return made, made.step(ids.shape[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [CONFIG, MUP], ids=["plain", "mup"])
+def test_logits_hold_the_numerics_rule(config, dtype, device):
+    eager = reference(config, dtype)
+    ids = small_gpt2.tokens(3, 14)
+    run, logits = written(replaced(reference(config, dtype), device), device, ids[:, :10], 64)
+    hold_logits(logits.cpu(), eager, ids[:, :10])
+    for at in range(10, 14):
+        run.tokens[:, at] = ids[:, at].to(device)  # what the step before wrote is replaced
+        hold_logits(run.step().cpu(), eager, ids[:, : at + 1])
+
+
+FAMILIES = {"reference": reference, "hugging face": small_gpt2.make}
+
+
+@in_every_order
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_generate_writes_eagers_tokens(family, device):
+    model = family().to(device)
+    ids, mask = (t.to(device) for t in small_gpt2.left_padded(3, 12))
+    ways = [{}, {"attention_mask": mask}]
+    wanted = [ck.generate(model, ids, 8, **way) for way in ways]
+    replaced(model, device)
+    assert all(
+        torch.equal(ck.generate(model, ids, 8, **way), tokens)
+        for way, tokens in zip(ways, wanted, strict=True)
+    )
+
+
+def test_sequences_end_and_draws_are_fed_back(device):
+    model = reference().to(device)
+    ids = small_gpt2.tokens(2, 6).to(device)
+    free = ck.generate(model, ids, 10)
+    ways = [
+        {"eos_token_id": int(free[0, 8])},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 0.9, "seed": 3, "top_k": 5, "top_p": 0.9, "eos_token_id": int(free[1, 9])},
+    ]
+    wanted = [ck.generate(model, ids, 10, **way) for way in ways]
+    replaced(model, device)
+    for way, tokens in zip(ways, wanted, strict=True):
+        assert torch.equal(ck.generate(model, ids, 10, **way), tokens)
+
+
+def test_a_prompt_of_one_token_and_the_last_position(device):
+    model = reference(dataclasses.replace(CONFIG, n_positions=16)).to(device)
+    ids = small_gpt2.tokens(2, 1).to(device)
+    wanted = ck.generate(model, ids, 15)
+    replaced(model, device)
+    assert torch.equal(ck.generate(model, ids, 15), wanted)
+
+
+def test_rows_do_not_depend_on_their_neighbours_and_runs_repeat(device):
+    model = replaced(reference(dtype=torch.bfloat16), device)
+    ids = small_gpt2.tokens(3, 9)
+    together, first = written(model, device, ids, 20)
+    logits = [first.clone(), together.step().clone()]
+    again, first = written(model, device, ids, 20)
+    assert torch.equal(first, logits[0]) and torch.equal(again.step(), logits[1])
+    for row in range(3):
+        alone, first = written(model, device, ids[row : row + 1], 20)
+        assert torch.equal(first[0], logits[0][row]) and torch.equal(
+            alone.step()[0], logits[1][row]
+        )
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+
+
+def test_equal_logits_choose_the_first_and_nan_wins(device):
+    model = replaced(reference(), device)
+    model.lm_head.weight.zero_()
+    run, _ = written(model, device, small_gpt2.tokens(2, 4), 10)
+    assert (run.tokens[:, 4] == 0).all()
+    model.lm_head.weight[41] = float("nan")
+    run, _ = written(model, device, small_gpt2.tokens(2, 4), 10)
+    assert (run.tokens[:, 4] == 41).all()
+
+
+def test_widths_and_rows_of_any_alignment(device):
+    """Odd head and MLP widths; tables whose rows are not aligned."""
+    config = dataclasses.replace(CONFIG, n_embd=33, n_head=3, n_inner=47)
+    model, ids = reference(config).to(device), small_gpt2.tokens(2, 11).to(device)
+    wanted = ck.generate(model, ids, 6)
+    replaced(model, device)
+    assert torch.equal(ck.generate(model, ids, 6), wanted)
+
+
+def test_nothing_of_memory_that_nobody_wrote_is_read(device, nan_filled_memory):
+    model = replaced(reference(dtype=torch.bfloat16), device)
+    ids, mask = (t.to(device) for t in small_gpt2.left_padded(2, 12))
+    run, logits = written(model, device, ids, 16, padding=(mask == 0).sum(1))
+    assert logits.isfinite().all()
+    for _ in range(3):
+        assert run.step().isfinite().all()
+
+
+def test_a_step_allocates_nothing_and_takes_the_same_arguments(device, monkeypatch):
+    """What a graph needs: its pointers and numbers are those of every later step."""
+    model = replaced(reference(), device)
+    run, _ = written(model, device, small_gpt2.tokens(2, 5), 16)
+    calls = []
+
+    class Spy:
+        def step(self, *tensors):
+            calls.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
+            run_step(*tensors)
+
+    run_step, run._decoder = run._decoder.step, Spy()
+    monkeypatch.setattr(CudaDecoder, "WORTH_CAPTURING", 1000)
+    for _ in range(4):
+        run.step()
+    assert all(call == calls[0] for call in calls) and len(calls) == 4
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_a_graph_writes_what_launches_write(monkeypatch):
+    model = replaced(reference(dtype=torch.bfloat16), "cuda")
+    ids = small_gpt2.tokens(2, 6).cuda()
+    graph = ck.generate(model, ids, 40)
+    monkeypatch.setattr(CudaDecoder, "WORTH_CAPTURING", 1000)
+    assert torch.equal(ck.generate(model, ids, 40), graph)
+
+
+def test_modules_run_where_the_decoder_cannot(device):
+    model = reference().to(device)
+    ck.replace(model, backend="cuda")
+    model.transformer.h[1].mlp.register_forward_hook(lambda *_: None)
+    assert decoder_parts(model) is None
+    ck.replace(half := reference(dtype=torch.float32).to(device), backend="cuda")
+    half.double()
+    assert decoder_parts(half) is None
+
+
+def test_errors_name_what_does_not_fit(device):
+    model = replaced(reference(), device)
+    parts = decoder_parts(model)
+    run, _ = written(model, device, small_gpt2.tokens(2, 5), 7)
+    with pytest.raises(
+        ValueError, match="S must be 1, or the first 7 tokens at most, got 2 after 5"
+    ):
+        run.step(2)
+    run.step(), run.step()
+    with pytest.raises(ValueError, match="got 1 after 7"):
+        run.step()
+    short = dataclasses.replace(parts, wpe=parts.wpe[:, :40])
+    with pytest.raises(ValueError, match=r"wpe must have shape \(64, 48\)"):
+        CudaDecoder(short, run.tokens)
+    with pytest.raises(ValueError, match=r"padding must have shape \(2,\)"):
+        written(model, device, small_gpt2.tokens(2, 5), 7, padding=torch.zeros(3, dtype=torch.long))
