@@ -159,20 +159,14 @@ def test_bad_estimates_are_named(options, message):
 
 # Rows that the model is known to miss, and by how much at most; docs/wafer-model.md says why.
 MISSED = {
-    "task-relay pre-order tree, 3 words, 136 cores, WSE-3": 0.15,
-    "multicast and acknowledge tree, 33 words, 16 x 16, WSE-3": 0.25,
-    "local fp32 product 64 x 48 x 64, strided column, WSE-2": 0.12,
-    "prefill Qwen2-72B, 4096 tokens, 480 x 480, WSE-2": 0.25,
-    "prefill Qwen2-72B, 4096 tokens, 720 x 720, WSE-2": 0.25,
-    "decode block, 240 x 240, WSE-3, local work": 0.65,
-    "ring all-reduce, P = 64, B = 4096": 0.05,
-    "reduce two_phase, P = 512, B = 4096": 0.045,
+    "5-point stencil, tiles of 10 x 10, WSE-2": 0.24,
+    "5-point stencil, tiles of 64 x 64, WSE-2": 0.27,
 }
 
 
 def test_validation_meets_its_targets_but_for_the_named_rows():
     rows = validate()
-    assert len(rows) > 30 and {r.what for r in rows} >= MISSED.keys()
+    assert len(rows) > 50 and {r.what for r in rows} >= MISSED.keys()
     for row in rows:
         assert row.source and row.published > 0
         if row.what in MISSED:

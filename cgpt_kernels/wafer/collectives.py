@@ -10,6 +10,7 @@ that adds and sends). Sources of the algorithms: arXiv 2404.15888; `ktree`: arXi
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -26,9 +27,16 @@ REDUCES = ("star", "chain", "tree", "preorder", "two_phase", "ktree")
 RELAYS = ("instruction", "task")
 
 
+@functools.lru_cache(1024)
 def group_count(P: int) -> int:
-    """Groups of about sqrt(P) cores, the size that makes two phases of chains shortest."""
-    return max(1, round(math.sqrt(P)))
+    """Groups, about sqrt(P), whose two phases of chains have the fewest stops and the least way."""
+
+    def way(g):  # stops in a group, stops between heads, and the hops to the last head
+        heads = math.ceil(P / g) - 1
+        return 6 * (g - 1) + 5 * heads + heads * g
+
+    near = max(1, round(math.sqrt(P)))
+    return math.ceil(P / min(range(max(1, near // 2), 2 * near + 1), key=way))
 
 
 class Reduce:
@@ -73,7 +81,11 @@ class Reduce:
             self.stops[s].append(("to", d))
 
     def write(self, code: Code, p: int, words: int, address: int, relay: str) -> None:
-        """Position p's part; its vector lies at `address` and holds the sum at the root."""
+        """Position p's part; its vector lies at `address` and holds the sum at the root.
+
+        By task each packet starts one; the last before a send, or at the root, pays the stop's
+        software.
+        """
         here = at(address)
         if self.algorithm == "star":
             if p == 0 and self.P > 1:
@@ -91,7 +103,8 @@ class Reduce:
             else:
                 colour = self.colours[other, p]
                 if relay == "task":
-                    code.arrival(colour)
+                    more = n + 1 < len(stops) and stops[n + 1][0] == "from"
+                    code.arrival(colour, software=not more)
                 last = n + 1 < len(stops) and stops[n + 1][0] == "to"
                 if last and relay == "instruction":
                     out = self.colours[p, stops[n + 1][1]]
@@ -142,33 +155,42 @@ class Ring:
     def __init__(self, wires: Wires):
         self.P = wires.P
         edges = [(p, p + 1) for p in range(self.P - 1)] + [(self.P - 1, 0)]
-        self.colours = wires.connect(edges) if self.P > 1 else {}
+        # two sets that take turns: the receive of the next step waits while this one's still runs
+        self.colours = [wires.connect(edges), wires.connect(edges)] if self.P > 1 else []
 
     def write(self, code: Code, p: int, words: int, address: int, relay: str) -> None:
         P = self.P
         if P == 1:
             return
         chunk = words // P
-        into, out = self.colours[(p - 1) % P, p], self.colours[p, (p + 1) % P]
+        into = [colours[(p - 1) % P, p] for colours in self.colours]
+        out = [colours[p, (p + 1) % P] for colours in self.colours]
 
         def part(n):
             return at(address + n % P * chunk)
 
-        # The receive of a step runs on a microthread while the main thread sends: were both one
-        # instruction, all cores would wait for room at once.
-        for step in range(2 * P - 2):
-            into_part = part(p - step - 1)
-            summing = step < P - 1
+        # Receives run on microthreads while the main thread sends: were both one instruction, all
+        # cores would wait for room at once.
+        def receive(step):
+            into_part, summing = part(p - step - 1), step < P - 1
+            code.vector("add" if summing else "move", chunk, read=into[step & 1], to=into_part,
+                        b=into_part if summing else NOWHERE, thread=1 + (step & 1))  # fmt: skip
+
+        steps = 2 * P - 2
+        if relay == "instruction":
+            receive(0)
+        for step in range(steps):
+            send = {"a": part(p - step), "send": out[step & 1]}
             if relay == "task":
-                code.vector("move", chunk, a=part(p - step), send=out, thread=0)
-                code.arrival(into)
-            code.vector("add" if summing else "move", chunk, read=into, to=into_part,
-                        b=into_part if summing else NOWHERE, thread=1)  # fmt: skip
-            if relay == "instruction":
-                code.vector("move", chunk, a=part(p - step), send=out)
-            else:
+                code.vector("move", chunk, **send, thread=0)
+                code.arrival(into[step & 1])
+                receive(step)
                 code.wait(0)
-            code.wait(1)
+            else:
+                code.vector("move", chunk, **send)
+                if step + 1 < steps:
+                    receive(step + 1)
+            code.wait(1 + (step & 1))
 
 
 # ---- formulas -----------------------------------------------------------------------------------

@@ -53,8 +53,9 @@ class Block:
         return self.n_embd * (2 * self.n_embd + 2 * self.kv + (up + 1) * self.n_inner)
 
 
-LLAMA3_8B = Block(4096, 14336, 32, n_kv=1024, gated=True, rms=True, vocab_size=128256)
-QWEN2_72B = Block(8192, 29568, 80, n_kv=1024, gated=True, rms=True, vocab_size=152064)
+# As WaferLLM ran them: keys and values of full width. The models themselves have n_kv=1024.
+LLAMA3_8B = Block(4096, 14336, 32, gated=True, rms=True, vocab_size=128256)
+QWEN2_72B = Block(8192, 29568, 80, gated=True, rms=True, vocab_size=152064)
 
 
 def block_of(config) -> Block:
@@ -108,30 +109,34 @@ def decode_phases(
             allreduce(f"{name}: all-reduce", axis, _halves(n) * batch),
         )
 
+    def scalar(functions):
+        return batch * functions * spec.scalar_function
+
     norm = (("fmulh", d), ("faddh", d), ("fmulh", d), ("fmulh", d))
+    rstd = scalar(3)  # divide by the width, root, divide
     moments = 1 if b.rms else 2
-    exp = (("fmaxh", s), ("faddh", s), *[("fmulh", s), ("faddh", s)] * 4)  # a polynomial
     return (
-        local("norms", step(*norm)),
+        local("norms", step(*norm) + rstd),
         *reduce("norms", "y", moments),
         local("q, k, v", product(d, dx + 2 * kv)),
         *reduce("q, k, v", "y", dx + 2 * kv),
         local("rotation and cache", step(*[("fmulh", d)] * 4, *[("faddh", d)] * 2, ("fmovh", d))),
         local("scores", product(d, s)),
         *reduce("scores", "x", s),
-        local("softmax", step(*exp)),
+        local("softmax", step(("fmulh", s), ("fmaxh", s))),
         *reduce("softmax", "y", 1),
+        local("softmax", step(("faddh", s), ("faddh", s)) + scalar(s)),
         *reduce("softmax", "y", 1),
-        local("softmax", step(("fmulh", s))),
+        local("softmax", step(("fmulh", s)) + scalar(1)),
         local("attention output", product(s, d)),
         *reduce("attention output", "y", d),
         local("projection", product(d, dx)),
         *reduce("projection", "x", dx),
-        local("norms", step(("faddh", d), *norm)),
+        local("norms", step(("faddh", d), *norm) + rstd),
         *reduce("norms", "y", moments),
         local("feed-forward up", product(d, up * f)),
         *reduce("feed-forward up", "y", up * f),
-        local("activation", step(*[("fmulh", f)] * 4, *[("faddh", f)] * 3)),
+        local("activation", step(("fmulh", f)) + scalar(2 * f)),  # x / (1 + exp(-x)), elementwise
         local("feed-forward down", product(f, d)),
         *reduce("feed-forward down", "x", d),
         local("norms", step(("faddh", d))),
@@ -139,63 +144,95 @@ def decode_phases(
 
 
 def prefill_products(b: Block, tokens: int, context: int):
-    """(name, M, K, N) of one block's matrix products."""
-    up = 2 if b.gated else 1
+    """(name, M, K, N, whether A has to be aligned first) of one block's matrix products.
+
+    Products of one A share its alignment; the scores, against a transposed matrix, need none.
+    """
+    d, f = b.n_embd, b.n_inner
     return (
-        ("q, k, v", tokens, b.n_embd, b.n_embd + 2 * b.kv),
-        ("scores", tokens, b.n_embd, context),
-        ("attention output", tokens, context, b.n_embd),
-        ("projection", tokens, b.n_embd, b.n_embd),
-        ("feed-forward up", tokens, b.n_embd, up * b.n_inner),
-        ("feed-forward down", tokens, b.n_inner, b.n_embd),
+        ("q, k, v", tokens, d, d, True),
+        ("q, k, v", tokens, d, b.kv, False),
+        ("q, k, v", tokens, d, b.kv, False),
+        ("scores", tokens, d, context, False),
+        ("attention output", tokens, context, d, True),
+        ("projection", tokens, d, d, True),
+        ("feed-forward up", tokens, d, f, True),
+        *([("feed-forward up", tokens, d, f, False)] if b.gated else []),
+        ("feed-forward down", tokens, f, d, True),
     )
 
 
 def gemm_cycles(spec: WaferSpec, P: int, M: int, K: int, N: int, algorithm="mesh", itemsize=2):
     """Cycles of a product on P x P cores, and of them compute.
 
+    algorithm "turning": A B^T as it lies, partial sums in chains to the core whose turn it is.
     Where the tiles do not fit, the longer of M and N is cut into halves, one after the other.
     """
-    passes = 1
+    passes, turned = 1, algorithm == "turning"
     while True:
         tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
-        if 4 * tiles.memory(algorithm) <= spec.data_bytes:
+        need = 4 * (tiles.a + 2 * (tiles.b + tiles.c) if turned else tiles.memory(algorithm))
+        if need <= spec.data_bytes:
             break
         if max(tiles.m, tiles.n) == 1:
             raise ValueError(
-                f"estimate: K = {K} on {P} x {P} cores leaves {4 * tiles.memory(algorithm)} B of "
+                f"estimate: K = {K} on {P} x {P} cores leaves {need} B of "
                 f"tiles per core, {spec.name} holds {spec.data_bytes} B; use a larger grid"
             )
         M, N = (M, _share(N, 2)) if N >= M else (_share(M, 2), N)
         passes *= 2
-    total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
+    if turned:
+        # The chains of one step follow those before like a pipeline: what counts is what a core
+        # does, words in and out, and the two places from one step's root to the next one's.
+        compute = P * product_cycles(spec, tiles.m, tiles.k, tiles.n, itemsize)
+        places = 2 * (spec.hop + 2 * spec.ramp + spec.stop)
+        total = compute + P * (tiles.b + 2 * tiles.c + places + spec.product_step)
+    else:
+        total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
     return passes * total, passes * compute
 
 
+def alignment_cycles(spec: WaferSpec, P: int, M: int, K: int) -> int:
+    """Cycles until each row of A [M, K] lies as MeshGEMM's first step wants it: P / 2 shifts."""
+    words = _halves(_share(M, P) * _share(K, P))
+    flight = spec.async_start + spec.hop + 2 * spec.ramp + spec.stop
+    return P // 2 * (spec.product_step + flight + words)
+
+
 def _prefill_block(spec, b, P, tokens, context, density=1.0):
-    phases = {}
-    for name, M, K, N in prefill_products(b, tokens, context):
-        phases[name] = gemm_cycles(spec, P, M, K, N)[0] * (1.0 if "attention" in name else density)
-    rows, d, s = _share(tokens, P), _share(b.n_embd, P), _share(context, P)
-    norm = sum(_vector(spec, n, d) for n in ("fmulh", "faddh", "fmulh", "fmulh")) * rows
-    softmax = sum(_vector(spec, n, s) for n in ("fmaxh", *["fmulh", "faddh"] * 5)) * rows
+    phases = dict.fromkeys(("norms", "alignment"), 0.0)
+    for name, M, K, N, aligns in prefill_products(b, tokens, context):
+        algorithm = "turning" if name == "scores" else "mesh"
+        weights = name not in ("scores", "attention output")
+        found = gemm_cycles(spec, P, M, K, N, algorithm)[0] * (density if weights else 1.0)
+        phases[name] = phases.get(name, 0.0) + found
+        phases["alignment"] += alignment_cycles(spec, P, M, K) if aligns else 0
+    rows, d, s, f = (_share(n, P) for n in (tokens, b.n_embd, context, b.n_inner))
+
+    def calls(*ops):  # vectors over a core's rows, as the matrices lie
+        return sum(count * (_vector(spec, name, rows) + spec.loop_tuned) for name, count in ops)
+
+    norm = calls(("fmulh", 3 * d), ("faddh", d)) + 3 * rows * spec.scalar_function
+    phases["rotation"] = calls(("fmulh", 4 * d), ("faddh", 2 * d))
+    softmax = calls(("fmulh", 2 * s), ("fmaxh", s), ("faddh", 2 * s))
+    softmax += (rows * s + rows) * spec.scalar_function
+    phases["activation"] = calls(("fmulh", f)) + 2 * rows * f * spec.scalar_function
     moves = (
         allreduce("norms", "x", _halves(2 * rows)),
         allreduce("softmax", "x", _halves(rows)),
         allreduce("softmax", "x", _halves(rows)),
         allreduce("norms", "x", _halves(2 * rows)),
     )
-    # every step of a MeshGEMM calls the communication library once
-    calls = (4 + P * len(prefill_products(b, tokens, context))) * spec.collective_call
     _, by_name = cycles(spec, 1, P, moves)
-    phases["norms"] = 2 * norm + by_name["norms"]
+    phases["norms"] = 2 * norm + calls(("faddh", 2 * d)) + by_name["norms"]
     phases["softmax"] = softmax + by_name["softmax"]
-    phases["call of collectives"] = calls
+    phases["call of collectives"] = len(moves) * spec.collective_call
     return phases
 
 
-def _macs(b: Block, tokens: int, context: int) -> int:
-    return tokens * (b.matrix_elements + 2 * context * b.n_embd)
+def macs_per_token(b: Block, context: int, density: float = 1.0) -> float:
+    """Multiply-adds of all blocks for one token: nonzero weights, attention to `context` keys."""
+    return b.n_layer * (density * b.matrix_elements + 2 * context * b.n_embd)
 
 
 def _memory(spec, b, cores, context, batch, layers, cached, training=False):
@@ -207,7 +244,7 @@ def _memory(spec, b, cores, context, batch, layers, cached, training=False):
     cache = cached * 2 * b.kv * context * batch * 2
     working = 16 * b.n_inner * batch * 2
     return math.ceil((weights * per_weight + cache + working) / cores) + (
-        spec.code_bytes + spec.stack_bytes
+        spec.decoder_code_bytes + spec.stack_bytes
     )
 
 
@@ -278,7 +315,7 @@ def estimate(
             by_name["merge of sequence parts"] = merge
             one += merge
         tokens, factor = batch, 1
-        work = _macs(b, batch, context)
+        work = batch * macs_per_token(b, context)
     else:
         P = min(sides)
         factor = 3 if mode == "train" else 1
@@ -290,7 +327,7 @@ def estimate(
         if P != max(sides):
             notes.append(f"products use a square of {P} x {P} cores")
         tokens = batch * context
-        work = _macs(b, tokens, context) * factor
+        work = tokens * macs_per_token(b, context) * factor
 
     phases = {name: factor * b.n_layer * value for name, value in by_name.items()}
     total = factor * b.n_layer * one
@@ -307,7 +344,7 @@ def estimate(
                 factor * gemm_cycles(spec, min(sides), batch, b.n_embd, b.vocab_size)[0]
             )
         total += phases["output head"]
-        work += batch * b.vocab_size * b.n_embd
+        work += batch * b.vocab_size * b.n_embd * (1 if mode == "decode" else factor)
     if parallel == "pipeline":
         # A stage's time, once per micro-batch and stage in flight. A token cannot be cut: in decode
         # the micro-batches are requests.
@@ -364,6 +401,7 @@ def longest_decode(config, *, spec: WaferSpec = WSE2, grid: tuple[int, int]) -> 
     rows, columns = grid
     fixed = _memory(spec, b, rows * columns, 0, 1, b.n_layer, b.n_layer)
     free = spec.sram_bytes - spec.sram_reserved - fixed
-    per_token = b.n_layer * 2 * b.kv * 2 / columns
+    scores = 2  # of one block at a time, before and after the exponential
+    per_token = 2 * (b.n_layer * 2 * _share(b.kv, columns) + scores)
     row = max(0, int(free // per_token))
     return {"shift": row * rows, "concatenate": row}

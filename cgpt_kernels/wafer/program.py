@@ -82,14 +82,17 @@ class Code:
         fields.setdefault("condition", self.condition)
         self.instructions.append(_instruction(op, **fields))
 
-    def arrival(self, colour: int):
-        """Ends the task; what follows is a task that the colour's next wavelet starts, once."""
+    def arrival(self, colour: int, software: bool = True):
+        """Ends the task; what follows is a task that the colour's next wavelet starts, once.
+
+        software: whether it is one that calls back and sends, not one that counts a packet only.
+        """
         following = len(self.tasks)
         self.unblock(following)
         self.end()
         self.task(colour, blocked=True)
         self.block(following)
-        self.calc(self.spec.task_relay)
+        self.calc(self.spec.task_relay if software else 0)
 
     def end(self):
         self._add("end", condition=always())
@@ -132,9 +135,10 @@ class Code:
         if not fabric and beats is None:
             strides = tuple(o[1] for o in (to, a, b) if o[0] >= 0)
             cycles = spec.vector_cycles(builtin or _FP32[function], length, strides=strides)
-            beats = cycles - spec.vector_start
+            beats = cycles - spec.memory_start
+        startup = spec.vector_start if fabric else spec.memory_start
         self._add("vec", function=function, length=length, beats=0 if fabric else beats,
-                  startup=spec.vector_start if thread < 0 else spec.async_start, thread=thread,
+                  startup=startup if thread < 0 else spec.async_start, thread=thread,
                   read=read, send=send, to=to, a=a, b=b, flags=flags, task=task,
                   period=period)  # fmt: skip
 

@@ -49,6 +49,7 @@ class WaferSpec:
     sram_reserved: int = _f("bytes", "of it not for programs and data", 1024)
     stack_bytes: int = _f("bytes", "stack of a core's program", 4096)
     code_bytes: int = _f("bytes", "code and tables of a kernel", 8192)
+    decoder_code_bytes: int = _f("bytes", "code and tables of a whole decoder", 20_384)
     banks: int = _f("", "memory banks of a core", 8)
     colours: int = _f("", "colours that a program may route", 21)
     switch_positions: int = _f("", "routes that one colour can switch between", 4)
@@ -56,13 +57,16 @@ class WaferSpec:
     microthreads: int = _f("", "vector instructions running beside the main thread", 8)
     router_queue: int = _f("wavelets", "waiting room per port and colour of a router", 2)
     core_queue: int = _f("wavelets", "waiting room per colour before a core", 4)
-    vector_start: int = _f("cycles", "from issue to first element of a vector instruction", 2)
-    async_start: int = _f("cycles", "the same for one given to a microthread", 5)
+    vector_start: int = _f("cycles", "issue to first word, an operand on the fabric", 2)
+    memory_start: int = _f("cycles", "issue to first element, all operands in memory", 1)
+    async_start: int = _f("cycles", "issue to first word of one given to a microthread", 5)
     task_start: int = _f("cycles", "from the end of a task to the next one's first instruction", 0)
-    task_relay: int = _f("cycles", "software of a stop that is a task: re-arm, call back", 84)
+    task_relay: int = _f("cycles", "software of a stop that is a task, once its data are there", 84)
     loop_scalar: int = _f("cycles", "scalar loop around a vector instruction, plain code", 43)
-    loop_tuned: int = _f("cycles", "the same where descriptors advance in hardware", 5)
-    half_products: int = _f("", "times slower than listed that fp16 multiply-adds run", 2)
+    loop_tuned: int = _f("cycles", "the same as @map: descriptors advance in hardware", 2)
+    loop_outer: int = _f("cycles", "once per @map: descriptors set anew, loop, branch", 28)
+    product_step: int = _f("cycles", "software of a step of a product: set off, join, go on", 120)
+    scalar_function: int = _f("cycles/element", "exp, divide or root, in scalar code", 24)
     collective_call: int = _f("cycles", "software around one collective of a whole program", 0)
     launch: int = _f("cycles", "host launch, start and stop of the counter in a timed program", 0)
     io_bits: float = _f("bits/s", "all links to the outside together", 1.2e12)
@@ -140,7 +144,7 @@ class WaferSpec:
         cycles = -(-length // rate)
         if banks is not None and banks[0] % 4 == banks[1] % 4:
             cycles *= 2
-        return self.vector_start + cycles
+        return self.memory_start + cycles
 
     def constants(self):
         """Rows (name, value, unit, tag, source, what) of every constant."""
@@ -159,6 +163,7 @@ _SHARED = {
     "sram_bytes": ("published", _SDK),
     "sram_reserved": ("derived", "a public full-wafer WSE-3 program: 48,128 B usable"),
     "stack_bytes": ("published", "the same program: stack of 4,096 B"),
+    "decoder_code_bytes": ("derived", f"{_WAFERLLM}, Table 5: 382 tokens without shifts"),
     "banks": ("published", _SDK),
     "colours": ("published", f"{_SDK}: 24, of which the host-copy runtime reserves 21 to 23"),
     "switch_positions": ("published", _SDK),
@@ -168,11 +173,13 @@ _SHARED = {
     "loop_scalar": ("published", f"{_CSL}: 12 + 8 + 8 + 7 + 5 + 3 cycles around @fmacs"),
     "rates": ("published", f"{_SDK}, appendix"),
     "sram_total": ("published", "vendor"),
-    "half_products": (
+    "loop_tuned": ("derived", f"{_WAFERLLM}, Table 3, LLaMA3-8B: what its step's calls leave"),
+    "loop_outer": (
         "derived",
-        "254 @fmachs: 127 + 8.3 cycles on WSE-3, half the listed rate",
+        "two descriptor increments, loop and branch of `loop_scalar`'s parts",
     ),
-    "loop_tuned": ("derived", f"{_WAFERLLM}: 7 cycles per call fit its decode, start included"),
+    "product_step": ("derived", f"{_CSL}: a SUMMA step takes 11,488 = 196 x 58 + 120 cycles"),
+    "scalar_function": ("derived", f"{_WAFERLLM}, weak-scaling notebook: local work of a block"),
 }
 
 WSE2 = WaferSpec(
@@ -185,7 +192,7 @@ WSE2 = WaferSpec(
     stop=1,
     rates=_RATES_WSE2,
     input_queues=24,
-    collective_call=525,
+    collective_call=383,
     provenance={
         **_SHARED,
         "columns": ("published", f"{_SDK}: 750 x 994"),
@@ -195,6 +202,7 @@ WSE2 = WaferSpec(
         "ramp": ("published", _REDUCE),
         "stop": ("published", f"{_REDUCE}: 2 T_R + 1 per software stop"),
         "vector_start": ("derived", f"{_CSL}: 16 cycles per iteration of a 1-cell stencil"),
+        "memory_start": ("derived", f"{_CSL}: @fmacs on 14 elements takes 15 cycles"),
         "async_start": ("derived", f"{_CSL}: asynchronous send of 196 words takes 201 cycles"),
         "collective_call": ("fitted", f"{_WAFERLLM}, Table 4: LLaMA3-8B decode on 420 x 420"),
     },
@@ -210,8 +218,9 @@ WSE3 = WaferSpec(
     stop=1,
     rates=_RATES_WSE3,
     vector_start=4,
+    memory_start=8,
     task_relay=78,
-    collective_call=525,
+    collective_call=537,
     launch=1328,
     sram_total=44e9,
     provenance={
@@ -223,11 +232,15 @@ WSE3 = WaferSpec(
         "ramp": ("assumed", "as WSE-2's"),
         "stop": ("assumed", "as WSE-2's"),
         "vector_start": ("derived", f"{_CSL}: 23 cycles per iteration of a 1-cell stencil"),
+        "memory_start": ("derived", "254 @fmachs in 135.3 cycles: 2 a cycle and 8"),
         "task_relay": ("derived", "slope of the task-relay chain between 40 and 136 cores"),
-        "collective_call": ("assumed", "WSE-2's"),
-        "launch": (
+        "collective_call": (
             "fitted",
-            "third-party WSE-3 log, chain on 40 cores: 5,101 - 39 x 96.75",
+            f"{_WAFERLLM}, weak-scaling notebook: communication, P = 240",
+        ),
+        "launch": (
+            "derived",
+            "third-party WSE-3 log: what the line through its two chains leaves at 0 stops",
         ),
     },
 )

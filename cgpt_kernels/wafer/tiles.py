@@ -85,17 +85,18 @@ def check_schedule(algorithm: str, P: int) -> None:
 def product_cycles(
     spec: WaferSpec, m: int, k: int, n: int, itemsize: int, loop: str = "tuned"
 ) -> int:
-    """Cycles of a local product: one vector multiply-add per pair of the two outer loops.
+    """Cycles of a local product: one vector multiply-add per element of B (m = 1: of x).
 
-    loop "tuned": descriptors advance in hardware, the longer of m and n is the vector; "scalar":
-    plain nested loops over k and n with vectors of m.
+    loop "tuned": for each k one @map over a row of B adds column k of A, m elements, to C's
+    columns; with m = 1 one @map over x adds rows of B. "scalar": plain nested loops around the same
+    vectors.
     """
-    rate = spec.rates["fmacs"]
-    if itemsize == 2:
-        rate = max(1, spec.rates["fmach"] // spec.half_products)
-    vector, calls = (m, k * n) if loop == "scalar" or m > n else (n, k * m)
-    around = spec.loop_scalar if loop == "scalar" else spec.loop_tuned
-    return calls * (around + spec.vector_start + -(-vector // rate))
+    rate = spec.rates["fmacs" if itemsize == 4 else "fmach"]
+    vector, calls, maps = (m, k * n, k) if loop == "scalar" or m > 1 else (n, k, 1)
+    around, outer = (spec.loop_tuned, maps * spec.loop_outer)
+    if loop == "scalar":
+        around, outer = spec.loop_scalar, 0
+    return outer + calls * (around + spec.memory_start + -(-vector // rate))
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _ring(program, algorithm, t, steps, loop):
                 _macs(code, t, loop, operands[0][1], operands[1][1], at(c0))
                 for thread in threads:
                     code.wait(thread)
+                code.calc(program.spec.product_step)
                 code.endloop()
                 code.halt()
                 made[key] = code
@@ -249,6 +251,7 @@ def _summa(program, algorithm, t, steps, loop):
                 code.condition = always()
                 for thread in threads:
                     code.wait(thread)
+                code.calc(program.spec.product_step)
                 code.endloop()
                 last = (steps - 1) & 1
                 final = (at(last * t.a), at(2 * t.a + last * t.b))

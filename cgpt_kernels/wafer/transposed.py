@@ -94,6 +94,7 @@ def build(
                 if ways[0] is not None:
                     code.wait(0)
                     code.wait(1)
+                code.calc(spec.product_step)
                 code.endloop()
                 code.halt()
                 made[key] = code

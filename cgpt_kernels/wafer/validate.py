@@ -10,14 +10,21 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from . import measured
 from .collectives import collective, formula
-from .engine import run
-from .model import LLAMA3_8B, QWEN2_72B, Block, decode_phases, estimate, longest_decode
+from .model import (
+    LLAMA3_8B,
+    QWEN2_72B,
+    Block,
+    decode_phases,
+    estimate,
+    longest_decode,
+    macs_per_token,
+)
+from .ops import gemm_report
 from .phases import allreduce, cycles
-from .program import RAMP, STEP, Code, Program
-from .spec import WSE2, WSE3, WaferSpec
-from .tiles import Tiles, build, product_cycles
-from .wires import Wires
+from .spec import WSE2, WSE3
+from .tiles import product_cycles
 
 _HARDWARE = "third-party WSE-3 hardware log (secondary)"
 _REDUCE = "arXiv 2404.15888"
@@ -48,68 +55,6 @@ class Row:
         return abs(self.error) <= TARGETS[self.kind]
 
 
-def _send_196() -> float:
-    program = Program(WSE2, 1, 2)
-    colour = Wires(program, "x").connect([(0, 1)])[0, 1]
-    source, sink = Code(WSE2), Code(WSE2)
-    for code in (source, sink):
-        code.task()
-    source.vector("move", 196, send=colour, thread=0)
-    source.wait(0)
-    source.halt()
-    sink.vector("move", 196, read=colour)
-    sink.halt()
-    program.place(source, 0, 0)
-    program.place(sink, 0, 1)
-    return float(run(program)["finish"][0, 0])
-
-
-def _stencil(spec: WaferSpec, side: int = 6) -> float:
-    """Cycles per iteration of a 5-point stencil, one cell per core, in the steady state.
-
-    Every core sends its word to all neighbours on one of five colours, chosen so that no two
-    neighbours of a core share one.
-    """
-
-    def run_for(iterations: int) -> int:
-        program = Program(spec, side, side)
-        around = [(port, dx, dy) for port, (dx, dy) in enumerate(STEP[:4])]
-        for y in range(side):
-            for x in range(side):
-                near = [(p, x + dx, y + dy) for p, dx, dy in around]
-                near = [(p, i, j) for p, i, j in near if 0 <= i < side and 0 <= j < side]
-                own = (x + 2 * y) % 5
-                program.route(own, (RAMP,), [p for p, _, _ in near], y, x)
-                code = Code(spec)
-                code.task()
-                code.loop(iterations)
-                code.vector("move", 1, send=own)
-                for port, i, j in near:
-                    program.route((i + 2 * j) % 5, (port,), (RAMP,), y, x)
-                    code.vector("add", 1, read=(i + 2 * j) % 5)
-                code.endloop()
-                code.halt()
-                program.place(code, y, x)
-        return run(program).cycles
-
-    return (run_for(30) - run_for(10)) / 20
-
-
-def _relay(algorithm: str, P: int, words: int = 3) -> float:
-    report = collective("reduce", algorithm, shape=(1, P), words=words, spec=WSE3, relay="task")
-    return report.cycles + WSE3.launch
-
-
-def _multicast_and_acknowledge() -> float:
-    down = collective("broadcast", shape=(16, 16), words=33, spec=WSE3, relay="task")
-    up = collective("reduce", "preorder", shape=(16, 16), words=1, spec=WSE3, relay="task")
-    return down.cycles + up.cycles + WSE3.launch
-
-
-def _summa() -> float:
-    return float(run(build(WSE2, 4, 4, "summa", Tiles(14, 14, 14), loop="scalar")).cycles)
-
-
 def _gemv() -> float:
     # the largest square the wafer holds; a kernel measured alone, without a library's calls
     P, n = 750, 16384
@@ -130,8 +75,20 @@ def _profile(part: str) -> float:
     return {"all": total, "communication": moving, "local": total - moving}[part]
 
 
+def _mesh(P: int) -> float:
+    return gemm_report(2048, 2048, 2048, 2, (P, P), "mesh", WSE2).cycles
+
+
+_ONE_BLOCK = replace(LLAMA3_8B, n_layer=1, vocab_size=0)
+_XL = Block(2048, 8192, 24, vocab_size=50257)
+
+
+def _xl_macs(density: float) -> float:
+    return macs_per_token(_XL, 2048, density) + _XL.vocab_size * _XL.n_embd
+
+
 def _prefill(block: Block, P: int) -> float:
-    headless = replace(block, vocab_size=0)
+    headless = replace(block, vocab_size=0)  # the published program has none
     return estimate(headless, grid=(P, P), mode="prefill", context=4096).tokens_per_second
 
 
@@ -215,29 +172,59 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
         "@fmachs, 254 elements, WSE-3",
         "micro",
         135.3,
-        lambda: WSE3.vector_start + 254 / (WSE3.rates["fmachs"] / WSE3.half_products),
+        # the measured half of the listed rate is that of two operands in conflicting banks
+        lambda: WSE3.vector_cycles("fmachs", 254, banks=(0, 4)),
         "cycles",
         _CSL,
         True,
     )
-    row("asynchronous send of 196 words, WSE-2", "micro", 201, _send_196, "cycles", _CSL, True)
+    row(
+        "asynchronous send of 196 words, WSE-2",
+        "micro",
+        201,
+        lambda: measured.asynchronous_send(196),
+        "cycles",
+        _CSL,
+        True,
+    )
 
-    for spec, published in ((WSE2, 16), (WSE3, 23)):
+    for side, used in ((6, True), (50, False)):
+        for spec, published in ((WSE2, 16), (WSE3, 23)):
+            row(
+                f"5-point stencil, one cell per core, {side} x {side}, {spec.name}",
+                "micro",
+                published,
+                lambda spec=spec, side=side: measured.cell_stencil(spec, side),
+                "cycles",
+                _CSL,
+                used,
+            )
+    for tile, cycles2, cycles3 in ((1, 127, 157), (10, 787, 558), (64, 25270, 16924)):
+        for spec, published in ((WSE2, cycles2), (WSE3, cycles3)):
+            row(
+                f"5-point stencil, tiles of {tile} x {tile}, {spec.name}",
+                "micro",
+                published,
+                lambda spec=spec, tile=tile: measured.tile_stencil(spec, tile),
+                "cycles",
+                _CSL,
+            )
+    for spec, cores, peak in ((WSE2, 850_000, 7.5), (WSE3, 900_000, 15.8)):
         row(
-            f"5-point stencil, one cell per core, 6 x 6, {spec.name}",
+            f"dense fp16 peak of {cores:,} cores, {spec.name}",
             "micro",
-            published,
-            lambda spec=spec: _stencil(spec),
-            "cycles",
-            _CSL,
-            True,
+            peak,
+            lambda spec=spec, cores=cores: 2e-15 * cores * spec.rates["fmach"] * spec.clock_hz,
+            "PFLOP/s",
+            "vendor",
         )
+
     for P, published in ((40, 5101), (136, 14389)):
         row(
             f"task-relay chain, 3 words, {P} cores, WSE-3",
             "kernel",
             published,
-            lambda P=P: _relay("chain", P),
+            lambda P=P: measured.task_relay_reduce("chain", P),
             "cycles",
             _HARDWARE,
             True,
@@ -247,7 +234,7 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
             f"task-relay pre-order tree, 3 words, {P} cores, WSE-3",
             "kernel",
             published,
-            lambda P=P: _relay("preorder", P),
+            lambda P=P: measured.task_relay_reduce("preorder", P),
             "cycles",
             _HARDWARE,
         )
@@ -255,16 +242,34 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
         "multicast and acknowledge tree, 33 words, 16 x 16, WSE-3",
         "kernel",
         2248,
-        _multicast_and_acknowledge,
+        lambda: measured.multicast_and_acknowledge(16, 33),
         "cycles",
         _HARDWARE,
     )
-    row("SUMMA fp32, 14^3 tiles, 4 x 4, WSE-2", "kernel", 45783, _summa, "cycles", _CSL)
+    row(
+        "SUMMA fp32, 14^3 tiles, 4 x 4, WSE-2",
+        "kernel",
+        45783,
+        measured.summa_by_plain_loops,
+        "cycles",
+        _CSL,
+        True,
+    )
+    row(
+        "MeshGEMM fp16, 2048^3, 720 x 720 over 360 x 360: flat, WSE-2",
+        "kernel",
+        1.0,
+        lambda: _mesh(720) / _mesh(360),
+        "times",
+        f"{_WAFERLLM}, text",
+    )
     row(
         "local fp32 product 64 x 48 x 64, strided column, WSE-2",
         "kernel",
         476866,
-        lambda: 48 * 64 * (WSE2.loop_scalar + WSE2.vector_cycles("fmacs", 64, banks=(0, 4))),
+        # both operands are columns, 48 and 64 words apart; the loop has none of the index product
+        # and descriptor increment (8 + 8 cycles) of the one that loop_scalar was read from
+        lambda: 48 * 64 * (WSE2.loop_scalar - 16 + WSE2.vector_cycles("fmacs", 64, banks=(0, 4))),
         "cycles",
         "public SpMM benchmarks",
     )
@@ -300,6 +305,7 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
             lambda block=block, P=P: _prefill(block, P),
             "tokens/s",
             f"{_WAFERLLM}, Table 3",
+            block is LLAMA3_8B,
         )
     for part, what, published in (
         ("all", "", 15189),
@@ -313,22 +319,31 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
             lambda part=part: _profile(part),
             "cycles",
             f"{_WAFERLLM}, weak-scaling notebook",
+            True,
         )
-    row(
-        "longest decode, KV shift over KV concatenation, 360 x 360",
-        "end to end",
-        137548 / 382,
-        _kv_ratio,
-        "times",
-        f"{_WAFERLLM}, Table 5",
-    )
+    for way, published, used in (("concatenate", 382, True), ("shift", 137548, False)):
+        row(
+            f"longest decode, LLaMA3-8B block, 360 x 360, KV {way}",
+            "end to end",
+            published,
+            lambda way=way: longest_decode(_ONE_BLOCK, grid=(360, 360))[way],
+            "tokens",
+            f"{_WAFERLLM}, Table 5",
+            used,
+        )
+    for what, published, density in (
+        ("work of training GPT-3 XL, dense over 75 % sparse", 2.5, 0.25),
+        ("inference with a 1.3B model, dense over 83.8 % sparse", 3.0, 0.162),
+    ):
+        row(
+            what,
+            "end to end",
+            published,
+            lambda density=density: _xl_macs(1.0) / _xl_macs(density),
+            "times",
+            "arXiv 2303.10464",
+        )
     return rows
-
-
-def _kv_ratio() -> float:
-    one_block = replace(LLAMA3_8B, n_layer=1, vocab_size=0)
-    tokens = longest_decode(one_block, grid=(360, 360))
-    return tokens["shift"] / tokens["concatenate"]
 
 
 def validate(kinds: tuple[str, ...] = tuple(TARGETS)) -> list[Row]:
