@@ -57,6 +57,10 @@ class Quantize(str, Enum):
     int8, int4 = "int8", "int4"
 
 
+class KVCache(str, Enum):
+    int8 = "int8"
+
+
 class Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
@@ -145,6 +149,9 @@ def generate_command(
     quantize: Annotated[
         Quantize | None, typer.Option(help="Weights in 8 or 4 bits, on a CPU.")
     ] = None,
+    kv_cache: Annotated[
+        KVCache | None, typer.Option(help="Keys and values in 8 bits, on a CPU.")
+    ] = None,
     threads: _Threads = None,
 ) -> None:
     """Continue a prompt; the text streams to stdout, tokens/s go to stderr.
@@ -209,6 +216,7 @@ def generate_command(
             top_p=top_p,
             seed=seed,
             eos_token_id=loaded.config.eos_token_id,
+            kv_cache=kv_cache and kv_cache.value,
             stream=stream,
         )
     sys.stdout.write(written.rest() + "\n")

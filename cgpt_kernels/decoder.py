@@ -6,12 +6,13 @@ B sequences, S new tokens, T cached + new ones, C width, L layers, H heads, D = 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, checks
 from .ops.gemm import PackedWeight
 
 
@@ -95,18 +96,37 @@ def kind_for(asked: str, wte: Tensor) -> str | None:
     return None
 
 
+KV_CACHES = (None, "int8")
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory in huge pages: a prompt fills thousands of small ones, each with a fault."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    return torch.from_dlpack(backends._C.allocate_buffer(nbytes)).view(dtype).view(shape)
+
+
 class Decoder:
     """One sequence batch being written: the model's parts and their KV cache.
+
+    kv_cache: None stores keys and values as the model computes them; "int8" in 8 bits, with a scale
+        for each head and token: D + 4 bytes instead of 2 D in bf16.
 
     Raises ValueError, naming the part, where shapes or dtypes do not fit together.
     """
 
-    def __init__(self, parts: Parts, batch: int, capacity: int):
+    def __init__(self, parts: Parts, batch: int, capacity: int, kv_cache: str | None = None):
+        checks.is_choice("Decoder", "kv_cache", kv_cache, KV_CACHES)
         self.parts = parts  # the C++ object borrows their memory
         self._decoder = backends._C.Decoder(*parts.as_arguments())
         V, C = parts.wte.shape
         shape = len(parts.layers), batch, parts.n_head, capacity, C // parts.n_head  # L B H T D
-        self.keys, self.values = (torch.empty(shape, dtype=parts.wte.dtype) for _ in range(2))
+        dtype = torch.int8 if kv_cache == "int8" else parts.wte.dtype
+        self.keys, self.values = _empty(shape, dtype), _empty(shape, dtype)
+        self.key_scales = self.value_scales = None  # L B H T
+        if kv_cache == "int8":
+            self.key_scales, self.value_scales = (
+                torch.empty(shape[:-1], dtype=torch.float32) for _ in range(2)
+            )
         self.logits = torch.empty(batch, V, dtype=parts.wte.dtype)
         self.length = 0
 
@@ -122,7 +142,8 @@ class Decoder:
         if positions is None:
             positions = torch.arange(self.length, self.length + S).expand(B, S)
         self._decoder.step(
-            ids, positions, padding, self.keys, self.values, self.length, self.logits
+            *(ids, positions, padding, self.keys, self.values, self.length, self.logits),
+            *(self.key_scales, self.value_scales),
         )
         self.length += S
         return self.logits

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import backends, decoder
+from . import backends, checks, decoder
 from .gpt import GPT, check_token_ids
 from .replace import decoder_parts
 
@@ -33,6 +33,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
     use_cache: bool = True,
+    kv_cache: str | None = None,
     stream: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Continue each prompt by up to max_new_tokens tokens; returns prompts and continuations.
@@ -45,11 +46,13 @@ def generate(
     eos_token_id: ends a sequence (several: any of them); the first one then fills its row. None
         never ends one early.
     attention_mask: [B, S], 0 for padding, which must be on the left. None: no padding.
+    kv_cache: "int8" keeps keys and values in 8 bits with a scale for each head and token, half of
+        bf16's memory: a wholly replaced model on a CPU. None keeps them in the model's dtype.
     stream: called after each step with the new tokens, int64 [B], on the CPU.
 
     Returns int64 [B, S + n], n <= max_new_tokens: shorter only when every sequence has ended.
     """
-    run = _adapter(model, use_cache)
+    run = _adapter(model, use_cache, kv_cache)
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     _check_prompt(input_ids, attention_mask, max_new_tokens, run.vocab_size, run.n_positions)
     device = input_ids.device
@@ -119,12 +122,12 @@ class _DecoderSteps:
 
     writes = False
 
-    def __init__(self, parts: decoder.Parts):
-        self.parts = parts
+    def __init__(self, parts: decoder.Parts, kv_cache: str | None):
+        self.parts, self.kv_cache = parts, kv_cache
         self.vocab_size, self.n_positions = parts.wte.shape[0], parts.wpe.shape[0]
 
     def start(self, tokens: Tensor, mask: Tensor | None) -> None:
-        self.decoder = decoder.Decoder(self.parts, *tokens.shape)
+        self.decoder = decoder.Decoder(self.parts, *tokens.shape, self.kv_cache)
 
     def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         return self.decoder.step(ids, None if mask is None else mask == 0, positions)  # B V
@@ -173,10 +176,18 @@ class _HuggingFaceSteps:
         return out.logits[:, -1]  # B V
 
 
-def _adapter(model: nn.Module, use_cache: bool):
+def _adapter(model: nn.Module, use_cache: bool, kv_cache: str | None):
+    checks.is_choice("generate", "kv_cache", kv_cache, decoder.KV_CACHES)
     parts = decoder_parts(model) if use_cache else None
+    if parts is not None and parts.backend == "cpu":
+        return _DecoderSteps(parts, kv_cache)
+    if kv_cache is not None:
+        raise ValueError(
+            f"generate: kv_cache={kv_cache!r} needs use_cache and a wholly replaced model on a "
+            "CPU: call cgpt_kernels.replace(model), whose .table tells what is left alone"
+        )
     if parts is not None:
-        return (_CudaDecoderSteps if parts.backend == "cuda" else _DecoderSteps)(parts)
+        return _CudaDecoderSteps(parts)
     plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     if isinstance(plain, GPT):
         return _ReferenceSteps(model, plain.config, use_cache)

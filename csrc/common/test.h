@@ -23,6 +23,8 @@ template <>
 inline constexpr DType dtype_of<f16> = DType::f16;
 template <>
 inline constexpr DType dtype_of<int64_t> = DType::i64;
+template <>
+inline constexpr DType dtype_of<int8_t> = DType::i8;
 
 // A dense row-major view.
 template <class T>

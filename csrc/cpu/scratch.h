@@ -10,6 +10,6 @@ namespace cgpt {
 // the same slot again. A buffer only grows; it is freed when the thread ends. Slots tell buffers
 // apart that are in use at the same time. Throws std::bad_alloc.
 void* thread_scratch(int slot, size_t bytes);
-constexpr int kScratchSlots = 5;
+constexpr int kScratchSlots = 6;
 
 }  // namespace cgpt

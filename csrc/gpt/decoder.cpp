@@ -53,9 +53,9 @@ struct Decoder::Buffers {
 
 namespace {
 
-constexpr int kSlotU = 4;  // of thread_scratch; gemm has 0 to 3
+constexpr int kSlotU = 4, kSlotStep = 5;  // of thread_scratch; gemm has 0 to 3
 
-int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
+int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2; }
 
 // A dense [rows, columns] view of memory that lasts for the step.
 TensorView rows_at(void* data, int64_t rows, int64_t columns, DType dtype) {
@@ -81,13 +81,15 @@ TensorView heads_of(const TensorView& x, int64_t B, int64_t h0, int64_t h1, int6
   return v;
 }
 
-// Heads [h0, h1) of layer `l` of the cache with its first `tokens` tokens.
+// Heads [h0, h1) of layer `l` of the cache, or of its scales, with its first `tokens` tokens.
 TensorView cached(const TensorView& cache, int64_t l, int64_t tokens, int64_t h0, int64_t h1) {
+  if (!cache) return {};
   TensorView v = cache;
   v.data = static_cast<char*>(cache.data) +
            (l * cache.strides[0] + h0 * cache.strides[2]) * bytes_of(cache.dtype);
-  v.ndim = 4;
-  for (int d = 0; d < 4; ++d) v.shape[d] = cache.shape[d + 1], v.strides[d] = cache.strides[d + 1];
+  v.ndim = cache.ndim - 1;
+  for (int d = 0; d < v.ndim; ++d)
+    v.shape[d] = cache.shape[d + 1], v.strides[d] = cache.strides[d + 1];
   v.shape[1] = h1 - h0, v.shape[2] = tokens;
   return v;
 }
@@ -127,8 +129,15 @@ void gather(const TensorView& table, const TensorView& index, const TensorView& 
 }
 
 // The step's keys (or values), a column part of qkv, behind the `past` cached tokens.
-void append(const TensorView& part, const TensorView& cache, int64_t past) {
+void append(const TensorView& part, const TensorView& cache, const TensorView& scales,
+            int64_t past) {
   const int64_t B = part.shape[0], H = part.shape[1], S = part.shape[2];
+  if (scales) {
+    TensorView rows = cache, scale = scales;
+    rows.data = cache.as<int8_t>() + past * cache.strides[2], rows.shape[2] = S;
+    scale.data = scales.as<float>() + past * scales.strides[2], scale.shape[2] = S;
+    return attention_quantize_cpu(AttentionQuantizeArgs{part, rows, scale});
+  }
   const int64_t bytes = bytes_of(part.dtype), row = part.shape[3] * bytes;
 #pragma omp parallel for collapse(2) if (B * H * S * row > (1 << 18))
   for (int64_t b = 0; b < B; ++b)
@@ -178,7 +187,15 @@ void Decoder::check(const DecoderStep& s) const {
   const int64_t capacity = s.keys.shape[3];
   for (const auto& [name, t] : {std::pair{"keys", &s.keys}, {"values", &s.values}}) {
     c.tensor(name, *t, {L, B, H, capacity, D});
-    c.dtype(name, *t, {w_.wte.dtype});
+    c.dtype(name, *t, {s.key_scales ? DType::i8 : w_.wte.dtype});
+    c.dense_rows(name, *t);
+  }
+  c.require(bool(s.key_scales) == bool(s.value_scales), "scales of keys and values come together");
+  for (const auto& [name, t] :
+       {std::pair{"key_scales", &s.key_scales}, {"value_scales", &s.value_scales}}) {
+    if (!*t) continue;
+    c.tensor(name, *t, {L, B, H, capacity});
+    c.dtype(name, *t, {DType::f32});
     c.dense_rows(name, *t);
   }
   c.require(s.past >= 0 && s.past + S <= capacity, [&] {
@@ -195,7 +212,7 @@ void Decoder::check(const DecoderStep& s) const {
   c.dense_rows("logits", s.logits);
 }
 
-void Decoder::step(const DecoderStep& s) {
+void Decoder::step(const DecoderStep& s) const {
   check(s);
   const int64_t M = s.ids.shape[0] * s.ids.shape[1], C = w_.wte.shape[1];
   // q, k, v, or the MLP's inner values, or at the start the rows of wte and wpe
@@ -206,10 +223,8 @@ void Decoder::step(const DecoderStep& s) {
   const auto bytes = [&](int64_t columns) {
     return (M * columns * element + line - 1) / line * line;
   };
-  const auto needed = static_cast<size_t>((2 + team) * bytes(C) + bytes(wide) + line);
-  if (buffer_.size() < needed) buffer_.resize(needed);
-  auto* at = buffer_.data();
-  at += (line - reinterpret_cast<uintptr_t>(at) % line) % line;
+  const auto needed = static_cast<size_t>((2 + team) * bytes(C) + bytes(wide));
+  auto* at = static_cast<uint8_t*>(thread_scratch(kSlotStep, needed));
   Buffers b;
   b.x = at, b.heads = at += bytes(C), b.wide = at += bytes(C), b.normed = at + bytes(wide);
   b.normed_bytes = bytes(C);
@@ -257,9 +272,11 @@ void Decoder::run(const DecoderStep& s, const Buffers& buffers, const Part& part
       const auto index = static_cast<int64_t>(l);
       const TensorView keys = cached(s.keys, index, T, h0, h1);
       const TensorView values = cached(s.values, index, T, h0, h1);
-      append(heads_of(qkv, B, h0, h1, C, D), keys, s.past);
-      append(heads_of(qkv, B, h0, h1, 2 * C, D), values, s.past);
       AttentionArgs a{};
+      a.k_scale = cached(s.key_scales, index, T, h0, h1);
+      a.v_scale = cached(s.value_scales, index, T, h0, h1);
+      append(heads_of(qkv, B, h0, h1, C, D), keys, a.k_scale, s.past);
+      append(heads_of(qkv, B, h0, h1, 2 * C, D), values, a.v_scale, s.past);
       a.q = heads_of(qkv, B, h0, h1, 0, D);
       a.k = keys, a.v = values;
       a.key_padding_mask = s.padding;

@@ -61,10 +61,11 @@ struct DecoderStep {
   TensorView ids;        // [B, S] int64
   TensorView positions;  // [B, S] int64
   TensorView padding;    // [B, T] bool, True hides a token, or none
-  TensorView keys;       // [L, B, H, capacity, D] T, of which `past` tokens are filled
+  TensorView keys;       // [L, B, H, capacity, D] T or int8, of which `past` tokens are filled
   TensorView values;     // likewise
   int64_t past = 0;
-  TensorView logits;  // [B, V], T or fp32 (T where the head is not packed)
+  TensorView logits;                    // [B, V], T or fp32 (T where the head is not packed)
+  TensorView key_scales, value_scales;  // [L, B, H, capacity] fp32 of an int8 cache, or none
 };
 
 class Decoder {
@@ -73,8 +74,8 @@ class Decoder {
   explicit Decoder(DecoderWeights weights);
 
   // Appends the step's keys and values to the cache and writes the last positions' logits. Buffers
-  // are kept from step to step, so that equal steps allocate nothing. Not for two threads at once.
-  void step(const DecoderStep& step);
+  // are the calling thread's, kept from step to step and from decoder to decoder.
+  void step(const DecoderStep& step) const;
 
   struct Part;     // one thread's share of a step
   struct Buffers;  // a step's memory
@@ -90,7 +91,6 @@ class Decoder {
   DecoderWeights w_;
   int64_t inner_ = 0;
   bool all_packed_ = false;
-  std::vector<uint8_t> buffer_;
 };
 
 }  // namespace cgpt

@@ -48,9 +48,10 @@ Decoder make_decoder(Tensor wte, Tensor wpe, const py::list& layers, const py::t
 }
 
 void decoder_step(Decoder& decoder, Tensor ids, Tensor positions, Tensor padding, Tensor keys,
-                  Tensor values, int64_t past, Tensor logits) {
+                  Tensor values, int64_t past, Tensor logits, Tensor key_scales,
+                  Tensor value_scales) {
   py::gil_scoped_release release;
-  decoder.step({ids, positions, padding, keys, values, past, logits});
+  decoder.step({ids, positions, padding, keys, values, past, logits, key_scales, value_scales});
 }
 
 void sample_rows(Tensor logits, Tensor u, Tensor tokens, float temperature, int64_t top_k,

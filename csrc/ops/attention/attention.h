@@ -25,6 +25,16 @@ struct AttentionArgs {
   uint64_t seed = 0;
   TensorView row_stats;  // [B, H, S_q, 2] fp32: each row's largest logit and sum of exponentials,
                          // for the backward of the same tier; or none
+  // [B, H, S_k] fp32, or none: k and v are int8, each row times its scale (int8_rows.h). Forward
+  // only.
+  TensorView k_scale{}, v_scale{};
+};
+
+// Keys or values into an int8 cache: rows, scales = x.
+struct AttentionQuantizeArgs {
+  TensorView x;       // [B, H, S, D] T in fp32, bf16, fp16
+  TensorView rows;    // [B, H, S, D] int8
+  TensorView scales;  // [B, H, S] fp32
 };
 
 // Gradients: dv = P~^T dout, dlogits = P * (dP - sum_j P dP), dq = scale * dlogits k,
@@ -59,8 +69,16 @@ inline void attention_check(const AttentionArgs& a, Device device = Device::cpu)
   c.tensor("v", a.v, {B, H, S_k, D});
   c.tensor("out", a.out, {B, H, S_q, D});
   c.floating("q", a.q);
-  for (const auto& [name, t] : {std::pair{"k", &a.k}, {"v", &a.v}, {"out", &a.out}})
-    c.dtype(name, *t, {a.q.dtype});
+  c.require(bool(a.k_scale) == bool(a.v_scale), "k_scale and v_scale come together");
+  for (const auto& [name, t] : {std::pair{"k_scale", &a.k_scale}, {"v_scale", &a.v_scale}}) {
+    if (!*t) continue;
+    c.tensor(name, *t, {B, H, S_k});
+    c.dtype(name, *t, {DType::f32});
+    c.dense_rows(name, *t);
+  }
+  c.dtype("out", a.out, {a.q.dtype});
+  for (const auto& [name, t] : {std::pair{"k", &a.k}, {"v", &a.v}})
+    c.dtype(name, *t, {a.k_scale ? DType::i8 : a.q.dtype});
   for (const auto& [name, t] : {std::pair{"q", &a.q}, {"k", &a.k}, {"v", &a.v}, {"out", &a.out}})
     c.dense_rows(name, *t);
   if (a.key_padding_mask) {
@@ -92,6 +110,7 @@ inline void attention_bwd_check(const AttentionBwdArgs& a, Device device = Devic
   attention_check(a.fwd, device);
   const Checker c{"attention", device};
   const AttentionArgs& f = a.fwd;
+  c.require(!f.k_scale, "keys and values in int8 have no gradient");
   const auto like = [&](const char* name, const TensorView& t, const TensorView& model) {
     c.tensor(name, t, {model.shape[0], model.shape[1], model.shape[2], model.shape[3]});
     c.dtype(name, t, {model.dtype});
@@ -117,4 +136,5 @@ inline void attention_bwd_check(const AttentionBwdArgs& a, Device device = Devic
 namespace cgpt {
 CGPT_CPU_ENTRY(attention_fwd, AttentionArgs)
 CGPT_CPU_ENTRY(attention_bwd, AttentionBwdArgs)
+CGPT_CPU_ENTRY(attention_quantize, AttentionQuantizeArgs)
 }  // namespace cgpt

@@ -29,23 +29,24 @@ void prefill(const AttentionArgs& a, const Dropout& dropout) {
   parallel_items(heads * parts, rows * S_k * D / 4, [&](int64_t item) {
     // The last rows see the most keys under a causal mask: they go first.
     const int64_t i0 = (parts - 1 - item / heads) * rows, head = item % heads;
-    auto work = take_scratch<Prefill<T>>(rows, D);
+    auto work = take_scratch<Prefill<T>>(rows, D, int64_t{a.k_scale ? 1 : 0});
     work.run(a, dropout, head / H, head % H, i0, min64(rows, S_q - i0));
   });
 }
 
-template <class T>
+// KV: what keys and values are stored as, T or int8.
+template <class T, class KV>
 void decode(const AttentionArgs& a, const Dropout& dropout) {
   const int64_t B = a.q.shape[0], H = a.q.shape[1], rows = a.q.shape[2], D = a.q.shape[3];
   const int64_t S_k = a.k.shape[2], heads = B * H, chunks = (S_k + kChunk - 1) / kChunk;
   const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads();
   if (chunks <= 1 || heads % threads == 0 || heads >= 4 * threads)
     return parallel_items(heads, S_k * rows * D / 4, [&](int64_t head) {
-      auto work = take_scratch<Decode<T>>(rows, D);
+      auto work = take_scratch<Decode<T, KV>>(rows, D);
       work.run(a, dropout, head / H, head % H);
     });
 
-  const int64_t ldo = Decode<T>::row_stride(D), size = round_up(rows * (ldo + 2), 16);
+  const int64_t ldo = Decode<T, KV>::row_stride(D), size = round_up(rows * (ldo + 2), 16);
   float* partials = static_cast<float*>(
       thread_scratch(1, static_cast<size_t>(heads * chunks * size) * sizeof(float)));
   const auto partial = [&](int64_t item) {
@@ -53,13 +54,13 @@ void decode(const AttentionArgs& a, const Dropout& dropout) {
     return Partial{p, p + rows * ldo, p + rows * ldo + rows};
   };
   parallel_items(heads * chunks, kChunk * rows * D / 4, [&](int64_t item) {
-    auto work = take_scratch<Decode<T>>(rows, D);
+    auto work = take_scratch<Decode<T, KV>>(rows, D);
     const int64_t head = item / chunks;
     work.load_head(a, head / H, head % H);
     work.chunk(a, dropout, head / H, head % H, item % chunks * kChunk, partial(item));
   });
   parallel_items(heads, chunks * rows * D, [&](int64_t head) {
-    auto work = take_scratch<Decode<T>>(rows, D);
+    auto work = take_scratch<Decode<T, KV>>(rows, D);
     const LogitRule rule = logit_rule(a, head / H, head % H);
     for (int64_t c = 1; c < chunks; ++c)
       work.merge(rule, partial(head * chunks), partial(head * chunks + c));
@@ -68,10 +69,26 @@ void decode(const AttentionArgs& a, const Dropout& dropout) {
 }
 
 template <class T>
+void quantize(const AttentionQuantizeArgs& a) {
+  const int64_t H = a.x.shape[1], S = a.x.shape[2], D = a.x.shape[3];
+  const auto at = [](const TensorView& t, int64_t b, int64_t h, int64_t s) {
+    return b * t.strides[0] + h * t.strides[1] + s * t.strides[2];
+  };
+  parallel_ranges(a.x.shape[0] * H * S, D, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / (H * S), h = row / S % H, s = row % S;
+      a.scales.as<float>()[at(a.scales, b, h, s)] = quantize_row(
+          a.x.as<const T>() + at(a.x, b, h, s), D, a.rows.as<int8_t>() + at(a.rows, b, h, s));
+    }
+  });
+}
+
+template <class T>
 void attention(const AttentionArgs& a) {
   const Dropout dropout = dropout_of(a);
-  if (a.q.shape[2] <= kDecodeRows<T>) decode<T>(a, dropout);
-  else prefill<T>(a, dropout);
+  if (a.q.shape[2] > kDecodeRows<T>) prefill<T>(a, dropout);
+  else if (a.k_scale) decode<T, int8_t>(a, dropout);
+  else decode<T, T>(a, dropout);
 }
 
 // dq, dk and dv of all heads. A head is one item where there are many; its parts are items where
@@ -170,6 +187,12 @@ void attention_fwd(const AttentionArgs& a) {
   if (a.q.dtype == DType::f32) attention<float>(a);
   if (a.q.dtype == DType::bf16) attention<bf16>(a);
   if (a.q.dtype == DType::f16) attention<f16>(a);
+}
+
+void attention_quantize(const AttentionQuantizeArgs& a) {
+  if (a.x.dtype == DType::f32) quantize<float>(a);
+  if (a.x.dtype == DType::bf16) quantize<bf16>(a);
+  if (a.x.dtype == DType::f16) quantize<f16>(a);
 }
 
 void attention_bwd(const AttentionBwdArgs& a) {

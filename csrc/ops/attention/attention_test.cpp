@@ -216,6 +216,39 @@ void matches_the_formula(const Case& c) {
   }
 }
 
+// Keys and values in int8 give what their stored values give.
+template <class T>
+void int8_rows_match_the_formula(const Case& c) {
+  Problem<T> problem(c);
+  AttentionArgs args = problem.args();
+  std::vector<int8_t> rows[2];
+  std::vector<float> scales[2];
+  const auto quantize = [&](std::vector<T>& values, TensorView& t, int n) {
+    rows[n].assign(values.size(), 99), scales[n].assign(values.size() / size_t(c.D), NAN);
+    const TensorView x = t;
+    t = test::view(rows[n], {c.B, c.H, c.S_k, c.D});
+    const TensorView scale = test::view(scales[n], {c.B, c.H, c.S_k});
+    attention_quantize_cpu(AttentionQuantizeArgs{x, t, scale});
+    for (size_t i = 0; i < values.size(); ++i) {
+      const float step = scales[n][i / size_t(c.D)], found = step * float(rows[n][i]);
+      if (!(std::fabs(found - widen(values[i])) <= 0.5001f * step))
+        test::failed("a stored value is off by more than half a step");
+      values[i] = narrow<T>({found})[0];
+    }
+    return scale;
+  };
+  args.k_scale = quantize(problem.k, args.k, 0);
+  args.v_scale = quantize(problem.v, args.v, 1);
+  attention_check(args);
+  attention_fwd_cpu(args);
+  std::vector<double> o;
+  for (int64_t row = 0; row < c.B * c.H * c.S_q; ++row) {
+    problem.row(row / c.S_q, row % c.S_q, o);
+    for (int64_t d = 0; d < c.D; ++d)
+      test::close(widen(problem.out[row * c.D + d]), o[d], sizeof(T) == 4 ? 1e-5 : 4e-2);
+  }
+}
+
 // Largest error relative to the largest value, of fp32 or of values rounded to 8 bits on the way.
 template <class T>
 void all_close(const std::vector<T>& got, const std::vector<double>& expected, double tolerance) {
@@ -295,6 +328,11 @@ void wrong_arguments_are_named() {
   a = p.args();
   a.dropout_p = 1.5;
   test::throws("attention: dropout_p must be in [0, 1], got 1.500000", [&] { attention_check(a); });
+  a = p.args();
+  a.k_scale = test::view(p.lse, {1, 2, 3});
+  test::throws("attention: k_scale and v_scale come together", [&] { attention_check(a); });
+  a.v_scale = a.k_scale = test::view(p.slopes, {1, 2, 4});
+  test::throws("attention: k must be int8, got float32", [&] { attention_check(a); });
   AttentionBwdArgs b = p.bwd_args(true);
   b.dk.shape[2] = 3;
   test::throws("attention: dk must have shape (1, 2, 4, 5), got (1, 2, 3, 5)",
@@ -323,6 +361,8 @@ int main() {
         {1, 2, 5, 0, 4},  // no keys at all
     };
     for (const Case& c : cases) matches_the_formula<float>(c), matches_the_formula<bf16>(c);
+    for (const Case& c : cases)
+      int8_rows_match_the_formula<float>(c), int8_rows_match_the_formula<bf16>(c);
     for (const Case& c : cases)
       gradients_match_the_formula<float>(c), gradients_match_the_formula<bf16>(c);
     for (const Case& c :

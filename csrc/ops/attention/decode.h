@@ -2,7 +2,8 @@
 //
 // Nothing is packed: K and V are read once, in order, where they lie: 2 S_k D sizeof(T) bytes per
 // (batch, head), which is the bound. Logits are dot products, kLanes keys at a time; the output is
-// a sum of rows of V in registers.
+// a sum of rows of V in registers. Keys and values in int8 are widened to fp32 as they are read;
+// their scales multiply logits and probabilities.
 //
 // Keys are cut into chunks of kChunk, whose partial results (m, l, o) are merged in order. The cut
 // depends on S_k alone: outputs have the same bits on any number of threads and in any batch.
@@ -10,6 +11,7 @@
 
 #include "../../cpu/block_gemm.h"
 #include "../../cpu/scratch.h"
+#include "int8_rows.h"
 #include "softmax.h"
 
 namespace cgpt::CGPT_TIER {
@@ -27,17 +29,19 @@ struct Partial {
   float* l;  // [rows]
 };
 
-template <class T>
+// KV: what keys and values are stored as, T or int8.
+template <class T, class KV>
 struct Decode {
-  using C = compute_t<T>;
+  static constexpr bool kQuantized = !__is_same(T, KV);
+  using C = typename Compute<KV>::type;
   // Elements of one multiplication vector.
   static constexpr int kStep = kLanes * 4 / static_cast<int>(sizeof(C));
 
   int64_t rows, D, Dq, ldo;
-  C* q;        // [rows, Dq], zero padded
-  float* s;    // [rows, kChunk] logits, then probabilities in place
-  float* add;  // [kChunk] bias and mask of a row
-  T* nothing;  // [D] zeros: the row of V that a masked key gives
+  C* q;         // [rows, Dq], zero padded
+  float* s;     // [rows, kChunk] logits, then probabilities in place
+  float* add;   // [kChunk] bias and mask of a row
+  KV* nothing;  // [D] zeros: the row of V that a masked key gives
   uint32_t* random;
   Partial sum, part;
 
@@ -48,7 +52,7 @@ struct Decode {
     q = c.take<C>(rows * Dq);
     s = c.take<float>(rows * kChunk);
     add = c.take<float>(kChunk);
-    nothing = c.take<T>(D);
+    nothing = c.take<KV>(D);
     random = c.take<uint32_t>(philox_room(kChunk));
     sum = {c.take<float>(rows * ldo), c.take<float>(rows), c.take<float>(rows)};
     part = {c.take<float>(rows * ldo), c.take<float>(rows), c.take<float>(rows)};
@@ -63,11 +67,11 @@ struct Decode {
       for (int64_t d = 0; d < D; ++d) q[i * Dq + d] = from_float<C>(to_float(src[d]));
       for (int64_t d = D; d < Dq; ++d) q[i * Dq + d] = C{};
     }
-    for (int64_t d = 0; d < D; ++d) nothing[d] = T{};
+    for (int64_t d = 0; d < D; ++d) nothing[d] = KV{};
   }
 
   // acc += one vector of q times kStep elements of a key, of which `left` exist.
-  static CGPT_INLINE VecF dot_step(const C* query, const T* key, int64_t left, VecF acc) {
+  static CGPT_INLINE VecF dot_step(const C* query, const KV* key, int64_t left, VecF acc) {
     if constexpr (sizeof(C) == 4) {
       return fmadd(load_n(key, left), load(query), acc);
     } else {
@@ -87,7 +91,7 @@ struct Decode {
   // its first element to its last before the next one: column by column, sixteen keys at a time,
   // half of the memory bandwidth is lost.
   template <int steps>
-  void dots_of(const T* keys, int64_t stride, int64_t n) {
+  void dots_of(const KV* keys, int64_t stride, int64_t n) {
     for (int64_t j = 0; j < n; j += kLanes) {
       for (int64_t i = 0; i < rows; ++i) {
         const C* query = q + i * Dq;
@@ -95,7 +99,7 @@ struct Decode {
 #pragma GCC unroll 16
         for (int r = 0; r < kLanes; ++r) {
           // Beyond the end the last key is repeated; its logits are not stored.
-          const T* key = keys + min64(j + r, n - 1) * stride;
+          const KV* key = keys + min64(j + r, n - 1) * stride;
           VecF sum = zero();
           if constexpr (steps > 0) {
 #pragma GCC unroll 8
@@ -114,7 +118,7 @@ struct Decode {
   }
 
   template <int steps = 1>
-  void dots(const T* keys, int64_t stride, int64_t n) {
+  void dots(const KV* keys, int64_t stride, int64_t n) {
     if (Dq == steps * kStep) return dots_of<steps>(keys, stride, n);
     if constexpr (steps < kMaxSteps) dots<steps + 1>(keys, stride, n);
     else dots_of<0>(keys, stride, n);
@@ -122,14 +126,15 @@ struct Decode {
 
   // o[0 .. width * kStep) = sum over n keys of p[j] * rows[j]; `left` columns exist.
   template <int width, bool masked, bool whole>
-  void sum_columns(const C* p, const T* values, int64_t stride, int64_t n, int64_t left, float* o) {
+  void sum_columns(const C* p, const KV* values, int64_t stride, int64_t n, int64_t left,
+                   float* o) {
     const auto row = [&](int64_t j) CGPT_INLINE_LAMBDA {
       return masked && add[j] == -kInfinity ? nothing : values + j * stride;
     };
     if constexpr (sizeof(C) == 4) {
       VecF acc[width] = {};
       for (int64_t j = 0; j < n; ++j) {
-        const T* x = row(j);
+        const KV* x = row(j);
         const VecF weight = set1(p[j]);
 #pragma GCC unroll 8
         for (int w = 0; w < width; ++w)
@@ -142,7 +147,7 @@ struct Decode {
       __m512 low[width] = {}, high[width] = {};
       const __mmask32 m = whole ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
       for (int64_t j = 0; j < n; j += 2) {
-        const T *x = row(j), *y = j + 1 < n ? row(j + 1) : nothing;
+        const KV *x = row(j), *y = j + 1 < n ? row(j + 1) : nothing;
         int32_t pair;
         __builtin_memcpy(&pair, p + j, 4);
         const __m512bh weight = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -169,7 +174,7 @@ struct Decode {
   }
 
   template <bool masked>
-  void sums(const C* p, const T* values, int64_t stride, int64_t n, float* o) {
+  void sums(const C* p, const KV* values, int64_t stride, int64_t n, float* o) {
     int64_t d = 0;
     for (; d + 8 * kStep <= D; d += 8 * kStep)
       sum_columns<8, masked, true>(p, values + d, stride, n, 8 * kStep, o + d);
@@ -182,16 +187,28 @@ struct Decode {
     if (d < D) sum_columns<1, masked, false>(p, values + d, stride, n, D - d, o + d);
   }
 
+  // x[n] *= scales; zero stays zero, which is what a masked key with a scale of NaN has.
+  static void times_scales(float* x, const float* scales, int64_t n) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const VecF v = load_n(x + j, n - j);
+      store_n(x + j, select(v == zero(), v, v * load_n(scales + j, n - j)), n - j);
+    }
+  }
+
   // Keys j0 .. j0 + kChunk - 1 for the queries of the loaded head.
   void chunk(const AttentionArgs& a, const Dropout& dropout, int64_t b, int64_t h, int64_t j0,
              const Partial& to) {
     const LogitRule rule = logit_rule(a, b, h);
     const int64_t H = a.q.shape[1], S_k = a.k.shape[2];
     const int64_t k_stride = a.k.strides[2], v_stride = a.v.strides[2];
-    const T* keys = a.k.as<const T>() + b * a.k.strides[0] + h * a.k.strides[1] + j0 * k_stride;
-    const T* values = a.v.as<const T>() + b * a.v.strides[0] + h * a.v.strides[1] + j0 * v_stride;
+    const KV* keys = a.k.as<const KV>() + b * a.k.strides[0] + h * a.k.strides[1] + j0 * k_stride;
+    const KV* values = a.v.as<const KV>() + b * a.v.strides[0] + h * a.v.strides[1] + j0 * v_stride;
     const int64_t all = rule.key_end(rows - 1, min64(S_k, j0 + kChunk)) - j0;
     if (all > 0) dots(keys, k_stride, all);
+    if constexpr (kQuantized) {
+      const float* scales = scales_of(a.k_scale, b, h, j0);
+      for (int64_t i = 0; i < rows; ++i) times_scales(s + i * kChunk, scales, all);
+    }
     const bool masked = rule.bias || rule.padding, shared_add = !rule.bias || rule.bias_row == 0;
     if (all > 0 && shared_add && (masked || rule.rewrites())) row_addends(rule, 0, j0, all, add);
     for (int64_t i = 0; i < rows; ++i) {
@@ -213,6 +230,7 @@ struct Decode {
       if (dropout.on)
         row_dropout(dropout, static_cast<uint64_t>(((b * H + h) * rows + i) * S_k + j0), n, random,
                     p);
+      if constexpr (kQuantized) times_scales(p, scales_of(a.v_scale, b, h, j0), n);
       if (masked) sums<true>(p, values, v_stride, n, o);
       else sums<false>(p, values, v_stride, n, o);
     }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "../../cpu/scratch.h"
+#include "int8_rows.h"
 #include "scores.h"
 
 namespace cgpt::CGPT_TIER {
@@ -45,9 +46,10 @@ struct Prefill {
   T* v_finite;     // [kBlockN, D] V with zeros for infinities and NaN
   uint8_t* v_bad;  // [kBlockN] keys where V has such
   uint32_t* random;
+  T *k_plain, *v_plain;  // [kBlockN, D] of keys and values that are stored in int8
 
   // Takes its arrays from memory for items of `rows` rows; with a null base only counts bytes.
-  int64_t carve(char* base, int64_t rows, int64_t head_size) {
+  int64_t carve(char* base, int64_t rows, int64_t head_size, int64_t quantized) {
     Carver c(base);
     D = head_size, Dp = padded_k<C>(D), ldo = round_up(D, kLanes);
     rows = round_up(rows, kStripM);
@@ -63,6 +65,8 @@ struct Prefill {
     v_finite = c.take<T>(kBlockN * D);
     v_bad = c.take<uint8_t>(kBlockN);
     random = c.take<uint32_t>(philox_room(kBlockN));
+    k_plain = c.take<T>(quantized * kBlockN * D);
+    v_plain = c.take<T>(quantized * kBlockN * D);
     return c.used();
   }
 
@@ -175,9 +179,10 @@ struct Prefill {
            int64_t rows) {
     const LogitRule rule = logit_rule(a, b, h);
     const int64_t H = a.q.shape[1], S_q = a.q.shape[2], S_k = a.k.shape[2];
-    const int64_t q_stride = a.q.strides[2], k_stride = a.k.strides[2], v_stride = a.v.strides[2];
-    const T* k_head = a.k.as<const T>() + b * a.k.strides[0] + h * a.k.strides[1];
-    const T* v_head = a.v.as<const T>() + b * a.v.strides[0] + h * a.v.strides[1];
+    const int64_t q_stride = a.q.strides[2], k_stride = a.k_scale ? D : a.k.strides[2];
+    const int64_t v_stride = a.v_scale ? D : a.v.strides[2];
+    const int64_t k_head = b * a.k.strides[0] + h * a.k.strides[1];
+    const int64_t v_head = b * a.v.strides[0] + h * a.v.strides[1];
     pack_a<C>(a.q.as<const T>() + b * a.q.strides[0] + h * a.q.strides[1] + i0 * q_stride, q_stride,
               rows, D, q);
     for (int64_t i = 0; i < rows; i += kUnitM) begun[i / kUnitM] = 0;
@@ -204,8 +209,15 @@ struct Prefill {
       const bool shared_add = !rule.bias || rule.bias_row == 0;
       if (shared_add && (masked || rule.rewrites())) row_addends(rule, 0, j0, keys, add);
 
-      const T* v_block = v_head + j0 * v_stride;
-      pack_b<C>(k_head + j0 * k_stride, int64_t{1}, k_stride, D, keys, k);
+      const auto block = [&](const TensorView& t, int64_t head, const TensorView& scale, T* plain) {
+        const int64_t at = head + j0 * t.strides[2];
+        if (!scale) return t.as<const T>() + at;
+        dequantize_rows(t.as<const int8_t>() + at, t.strides[2], scales_of(scale, b, h, j0), keys,
+                        D, plain);
+        return static_cast<const T*>(plain);
+      };
+      const T* v_block = block(a.v, v_head, a.v_scale, v_plain);
+      pack_b<C>(block(a.k, k_head, a.k_scale, k_plain), int64_t{1}, k_stride, D, keys, k);
       const bool partly = masked || rule.key_end(i0, S_k) < j0 + keys;
       const bool bad = partly && clean_v(v_block, v_stride, keys);
       if (bad) pack_b<C>(v_finite, D, int64_t{1}, keys, D, v);
