@@ -35,6 +35,7 @@ constexpr bool kHasAmx = CGPT_TIER_LEVEL >= 4;
 
 using VecF = float __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
 using VecI = int32_t __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
+using VecU32 = uint32_t __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
 
 // dst and src never overlap in these kernels; a fixed-size copy becomes one unaligned move.
 template <class To, class From>

@@ -22,8 +22,6 @@ constexpr int64_t kGradM = kHasAmx ? 64 : 4 * kMR;
 constexpr int64_t kGradUnitM = kHasAmx ? 32 : 2 * kMR;
 constexpr int64_t kGradN = 256;
 
-using VecU32 = uint32_t __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
-
 // Per query of one (batch, head).
 struct RowStats {
   static constexpr int64_t kFloats = 3;

@@ -307,11 +307,31 @@ inline Dropout dropout_of(const AttentionArgs& a) {
   return d;
 }
 
-// `first` is the element index of p[0], `random` has philox_room(n) words.
+template <class C>
+struct BitsOf {
+  using Type = int16_t;
+};
+template <>
+struct BitsOf<float> {
+  using Type = int32_t;
+};
+
+// Zeros what is dropped of a row. `first` is the element index of p[0], `random` has
+// philox_room(n) words.
 template <class C>
 inline void row_dropout(const Dropout& d, uint64_t first, int64_t n, uint32_t* random, C* p) {
+  typedef typename BitsOf<C>::Type VecBits __attribute__((vector_size(kLanes * sizeof(C))));
   const uint32_t* r = philox_range(d.seed, first, n, random);
-  for (int64_t j = 0; j < n; ++j)
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    VecU32 words;
+    VecBits bits;
+    __builtin_memcpy(&words, r + j, sizeof(words));
+    __builtin_memcpy(&bits, p + j, sizeof(bits));
+    bits &= __builtin_convertvector(words >= d.threshold, VecBits);
+    __builtin_memcpy(p + j, &bits, sizeof(bits));
+  }
+  for (; j < n; ++j)
     if (r[j] < d.threshold) p[j] = C{};
 }
 

@@ -30,10 +30,8 @@ struct Dropout {
         threshold(static_cast<uint32_t>(p * 4294967296.0)),
         scale(static_cast<float>(1.0 / (1.0 - p))) {}
 
-  // Words of the elements (i, n) .. (i, n + count - 1), count up to kStrip. Not inlined: ten rounds
-  // in every epilogue would double its code.
-  __attribute__((noinline)) const uint32_t* words(int64_t i, int64_t n, int64_t count,
-                                                  Buffer& b) const {
+  // Words of the elements (i, n) .. (i, n + count - 1), count up to kStrip.
+  const uint32_t* words(int64_t i, int64_t n, int64_t count, Buffer& b) const {
     return philox_range(seed, static_cast<uint64_t>(i * N + n), count, b.words);
   }
   // v where its words say so, scaled, else 0. At least kLanes words are readable from w on: the
