@@ -6,7 +6,7 @@
 import pytest
 
 import cgpt_kernels as ck
-from cgpt_kernels.wafer import WSE2, collectives, engine, model, phases, tiles
+from cgpt_kernels.wafer import WSE2, collectives, engine, model, phases, strips, tiles
 from cgpt_kernels.wafer.tiles import Tiles
 
 PROGRAMS = {
@@ -36,7 +36,7 @@ def test_estimate_of_13b(benchmark, mode):
 
     def estimate():
         phases.cycles.cache_clear()
-        tiles.strip_cycles.cache_clear()
+        strips.product.cache_clear()
         return model.estimate(config, grid=(660, 660), mode=mode)
 
     assert benchmark.pedantic(estimate, rounds=3).cycles > 0

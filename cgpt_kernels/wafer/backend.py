@@ -80,8 +80,6 @@ def gemm_fwd(x, weight, bias, residual, y, activation, weight_kn) -> None:
     def make(grid, spec):
         if M < min(grid):  # too few rows for tiles
             return gemv_report(M, K, N, size, grid, "ktree", spec)
-        if grid[0] != grid[1]:
-            return gemm_report(M, K, N, size, grid, "summa", spec)
         return gemm_report(M, K, N, size, grid, "mesh", spec)
 
     grid = (SIDE, SIDE) if not y.numel() or not K else _note(make)

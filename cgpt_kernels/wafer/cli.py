@@ -122,17 +122,12 @@ def gemm_command(
     checks.is_choice("wafer", "--dtype", dtype, ("fp16", "fp32"))
     machine, (rows, columns) = preset(spec), _pair("grid", grid)
     machine.check_grid("wafer", rows, columns)
-    if rows != columns and (transposed_b or algorithm != "summa"):
-        raise ValueError(
-            f"wafer: {'--transposed-b' if transposed_b else algorithm} needs a square grid, "
-            f"got {grid}; --algorithm summa takes any"
-        )
     M, K, N = map(int, found.groups())
     itemsize = 2 if dtype == "fp16" else 4
     names = ALGORITHMS if algorithm == "all" else (algorithm,)
     reports = [gemm_report(M, K, N, itemsize, (rows, columns), name, machine) for name in names]
     if transposed_b:
-        reports.append(transposed_report(M, K, N, itemsize, rows, machine))
+        reports.append(transposed_report(M, K, N, itemsize, (rows, columns), machine))
     if as_json:
         typer.echo(json.dumps([r.to_dict() for r in reports], indent=1))
     else:

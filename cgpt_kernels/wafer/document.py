@@ -42,9 +42,10 @@ statistics, values and logs event by event. The **phase engine** runs representa
 
 - collectives along one axis and local work (decode): one row and one column, whose times add. It is
   equal to the cycle engine in the tests' properties, within 1 % by their rule;
-- matrix products: a strip of two rows for a few steps. On the tests' grids within 1 % for MeshGEMM
-  and Cannon, 2 % for SUMMA; up to 8 % where a step is a single multiply-add and only the latency of
-  Cannon's and SUMMA's long ways counts.
+- matrix products: a few cores for a few steps (`cgpt_kernels/wafer/strips.py`), within 1 % on every
+  grid that the tests draw. Cannon: strips along both axes, whose excess over a corner adds up.
+  SUMMA: the same, times what a smaller grid of the same shape shows beyond it. MeshGEMM: a small
+  grid, since its edges span two hops. With a transposed operand: a few whole lines.
 
 Whole models in training and in the modes `pipeline`, `sequence` and `streaming` are arithmetic on
 top of these: bubbles, rings and streams are computed, not simulated. So are, in prefill, the

@@ -19,7 +19,8 @@ from .. import checks
 from .phases import allreduce, cycles, local
 from .report import Report
 from .spec import WSE2, WaferSpec
-from .tiles import Tiles, product_cycles, strip_cycles
+from .strips import product
+from .tiles import Tiles, product_cycles
 
 MODES = ("prefill", "decode", "train")
 PARALLEL = ("tensor", "pipeline", "sequence", "streaming")
@@ -171,7 +172,7 @@ def gemm_cycles(spec: WaferSpec, P: int, M: int, K: int, N: int, algorithm="mesh
     passes, turned = 1, algorithm == "turning"
     while True:
         tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
-        need = 4 * (tiles.a + 2 * (tiles.b + tiles.c) if turned else tiles.memory(algorithm))
+        need = 4 * (tiles.a + 2 * (tiles.b + tiles.c) if turned else tiles.memory(algorithm, P, P))
         if need <= spec.data_bytes:
             break
         if max(tiles.m, tiles.n) == 1:
@@ -188,7 +189,7 @@ def gemm_cycles(spec: WaferSpec, P: int, M: int, K: int, N: int, algorithm="mesh
         places = 2 * (spec.hop + 2 * spec.ramp + spec.stop)
         total = compute + P * (tiles.b + 2 * tiles.c + places + spec.product_step)
     else:
-        total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
+        total, compute = product(spec, P, P, algorithm, tiles)
     return passes * total, passes * compute
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import _C, _C_REASON, KERNEL_DTYPES
 from . import phases as phase_engine
-from . import transposed
+from . import strips, transposed
 from .collectives import from_run
 from .engine import run
 from .phases import allreduce, local, shift
@@ -32,7 +32,7 @@ from .tiles import (
     build,
     check_schedule,
     product_cycles,
-    strip_cycles,
+    words_moved,
 )
 
 SIMULATED = 16  # grids up to this side run in the cycle engine, core by core
@@ -86,7 +86,7 @@ def gemm(
 
     Args:
         a: [M, K], b: [K, N], both fp32, bf16 or fp16.
-        grid: (P, P) cores; "summa" takes any (rows, columns).
+        grid: (rows, columns) of cores; on those that are not square, see tiles.py.
         algorithm: "summa", "cannon" or "mesh".
         transposed_b: a b^T with b: [N, K] as it lies, a program of its own (transposed.py) in the
             manner of "mesh".
@@ -102,16 +102,12 @@ def gemm(
     checks.has_shape(op, "b", b, (N, K) if transposed_b else (K, N), letters)
     checks.is_choice(op, "algorithm", algorithm, ("mesh",) if transposed_b else ALGORITHMS)
     spec.check_grid(op, *grid)
-    if grid[0] != grid[1] and algorithm != "summa":
-        raise ValueError(
-            f"{op}: {algorithm} needs a square grid (P, P), got {tuple(grid)}; use 'summa'"
-        )
     sizes = (a.shape[0], K, N, a.element_size())
     if transposed_b:
-        report = transposed_report(*sizes, grid[0], spec)
+        report = transposed_report(*sizes, tuple(grid), spec)
     else:
         report = gemm_report(*sizes, tuple(grid), algorithm, spec)
-        check_schedule(algorithm, max(grid))
+        check_schedule(algorithm, *grid)
     y = a.new_empty(a.shape[0], N)
     _product(a, b, None, None, y, "none", not transposed_b, grid[1])
     return y, report
@@ -135,52 +131,44 @@ def _product(x, weight, bias, residual, y, activation, kn, P):
 def gemm_report(M, K, N, itemsize, grid, algorithm, spec) -> Report:
     """Cycles of a product; simulated core by core where the grid is small.
 
-    On a grid that is not square, K is cut into as many panels as the longer side has cores, and
-    cores of the shorter side own several panels.
+    K is cut into as many panels as the longer side has cores; cores of the shorter side own several
+    panels.
     """
     rows, columns = grid
     P = max(grid)
     tiles = Tiles(_share(M, rows), _share(K, P), _share(N, columns), itemsize)
-    words = tiles.memory(algorithm)
-    words += (_share(P, columns) - 1) * tiles.a + (_share(P, rows) - 1) * tiles.b
+    words = tiles.memory(algorithm, rows, columns)
     _fits("wafer.gemm", spec, words)
     name = f"gemm {M} x {K} x {N}, {algorithm}"
     if P <= SIMULATED and P**3 * (tiles.a + tiles.b) < 300_000:
         report = from_run(name, run(build(spec, rows, columns, algorithm, tiles)))
         report.macs = M * K * N  # padding is not counted
     else:
-        total, compute, _ = strip_cycles(spec, P, algorithm, tiles)
-        report = Report(
-            name,
-            spec,
-            rows,
-            columns,
-            total,
-            dict(zip(PHASES, (compute, total - compute), strict=True)),
-        )
+        total, compute = strips.product(spec, rows, columns, algorithm, tiles)
+        by_name = dict(zip(PHASES, (compute, total - compute), strict=True))
+        report = Report(name, spec, rows, columns, total, by_name)
         report.macs = M * K * N
-        per_step = (tiles.a + tiles.b) * (P - 1 if algorithm != "summa" else 1)
-        report.words = per_step * rows * columns
-        report.notes.append("cycles from a strip of two rows of cores")
+        report.words = words_moved(algorithm, rows, columns, tiles)
+        report.notes.append("cycles from representative cores, for some of the steps")
     report.peak_macs_per_cycle = spec.rates["fmach" if itemsize == 2 else "fmacs"]
     report.peak_sram_bytes = 4 * words + spec.code_bytes + spec.stack_bytes
     return report
 
 
-def transposed_report(M, K, N, itemsize, P, spec) -> Report:
-    """Cycles of a b^T on P x P cores; simulated core by core where the grid is small."""
-    tiles = Tiles(_share(M, P), _share(K, P), _share(N, P), itemsize)
-    words = transposed.memory(tiles)
+def transposed_report(M, K, N, itemsize, grid, spec) -> Report:
+    """Cycles of a b^T on a grid; simulated core by core where it is small."""
+    tiles = transposed.shares(M, K, N, *grid, itemsize)
+    words = transposed.Form.of(tiles, *grid).words
     _fits("wafer.gemm", spec, words)
     name = f"gemm {M} x {K} x {N}, transposed b"
-    if P <= SIMULATED:
-        report = from_run(name, run(transposed.build(spec, P, P, tiles)))
+    if max(grid) <= SIMULATED:
+        report = from_run(name, run(transposed.build(spec, *grid, tiles)))
     else:
-        total, compute = transposed.strip_cycles(spec, P, tiles)
+        total, compute = strips.transposed_product(spec, *grid, tiles)
         by_name = dict(zip(PHASES, (compute, total - compute), strict=True))
-        report = Report(name, spec, P, P, total, by_name)
-        report.words = ((P - 1) * tiles.b + P * tiles.c) * P * P
-        report.notes.append(f"cycles from a strip of {transposed.STRIP} rows of cores")
+        report = Report(name, spec, *grid, total, by_name)
+        report.words = transposed.words_moved(*grid, tiles)
+        report.notes.append("cycles from representative cores, for some of the steps")
     report.macs = M * K * N
     report.peak_macs_per_cycle = spec.rates["fmach" if itemsize == 2 else "fmacs"]
     report.peak_sram_bytes = 4 * words + spec.code_bytes + spec.stack_bytes
@@ -367,7 +355,7 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
     """B * H products q k^T, softmax rows, products with v, one head after the other."""
     B, H, S, D = shape
     rows, columns = grid
-    P = min(grid)
+    P = max(grid)
     name = f"attention {B} x {H} x {S} x {keys} x {D}"
     s = _share(keys, columns)
     exponentials = 6 * spec.vector_cycles("fmulh", s)
@@ -387,16 +375,18 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
         total, by_name = phase_engine.cycles(spec, rows, columns, steps)
         held = 2 * _share(s * d * itemsize, 4) + words
     else:
-        scores = Tiles(_share(S, P), _share(D, P), _share(keys, P), itemsize)  # q k^T
-        output = Tiles(_share(S, P), _share(keys, P), _share(D, P), itemsize)
-        held = max(transposed.memory(scores), output.memory("mesh"))
+        scores = transposed.shares(S, D, keys, rows, columns, itemsize)  # q k^T
+        output = Tiles(_share(S, rows), _share(keys, P), _share(D, columns), itemsize)
+        held = max(
+            transposed.Form.of(scores, rows, columns).words, output.memory("mesh", rows, columns)
+        )
         _fits("wafer.attention", spec, held)
-        lines = _share(S, P)
+        lines = _share(S, rows)
         reduce = (allreduce("softmax", "x", lines), allreduce("softmax", "x", lines))
         by_name = {
-            "scores": transposed.strip_cycles(spec, P, scores)[0],
-            "softmax": exponentials * lines + phase_engine.cycles(spec, 1, P, reduce)[0],
-            "output": strip_cycles(spec, P, "mesh", output)[0],
+            "scores": strips.transposed_product(spec, rows, columns, scores)[0],
+            "softmax": exponentials * lines + phase_engine.cycles(spec, 1, columns, reduce)[0],
+            "output": strips.product(spec, rows, columns, "mesh", output)[0],
         }
         total = sum(by_name.values())
     _fits("wafer.attention", spec, held)

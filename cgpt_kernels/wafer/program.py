@@ -54,9 +54,10 @@ def after(parameter: int, divisor: int = 1):
 
 def _instruction(op, *, function="move", length=0, beats=0, startup=0, thread=-1, read=-1, send=-1,
                  to=NOWHERE, a=NOWHERE, b=NOWHERE, condition=(0, 0, 1), tag=0, flags=0, task=-1,
-                 tile=(0, 0, 0), period=0):  # fmt: skip
+                 tile=(0, 0, 0), period=0, wrap=0, ahead=0):  # fmt: skip
     return (OPS.index(op), FUNCTIONS.index(function), length, beats, startup, thread, read, send,
-            *to, *a, *b, *condition, tag, flags, task, *tile, period, 0, 0)  # fmt: skip
+            *to, *a, *b, *condition, tag, flags, task, *tile, period, wrap,
+            ahead)  # fmt: skip
 
 
 @dataclass
@@ -123,12 +124,15 @@ class Code:
         self._add("endloop")
 
     def vector(self, function, length, *, to=NOWHERE, a=NOWHERE, b=NOWHERE, read=-1, send=-1,
-               thread=-1, flags=0, task=-1, beats=None, builtin=None, period=0):  # fmt: skip
+               thread=-1, flags=0, task=-1, beats=None, builtin=None, period=0, wrap=0,
+               ahead=0):  # fmt: skip
         """One vector instruction. a: first operand in memory, or `read`, a colour of the fabric.
 
         to, send: where results go; both may be given. With fabric operands one word moves per
         cycle; otherwise the spec's rate of `builtin` counts, or `beats` where given. period: memory
         operands start over after so many words, as a 4-d descriptor with an outer stride of 0 does.
+        wrap, ahead: an operand's step counts (round + ahead) % wrap, as in a circular buffer; flags
+        go with the last of these only.
         """
         spec = self.spec
         fabric = read >= 0 or send >= 0
@@ -140,11 +144,11 @@ class Code:
         self._add("vec", function=function, length=length, beats=0 if fabric else beats,
                   startup=startup if thread < 0 else spec.async_start, thread=thread,
                   read=read, send=send, to=to, a=a, b=b, flags=flags, task=task,
-                  period=period)  # fmt: skip
+                  period=period, wrap=wrap, ahead=ahead)  # fmt: skip
 
-    def macs(self, tile, beats: int, *, to, a, b):
+    def macs(self, tile, beats: int, *, to, a, b, wrap=0):
         """A local tile product C[m, n] += A[m, k] B[k, n] that takes `beats` cycles in all."""
-        self._add("macs", tile=tuple(map(int, tile)), beats=int(beats), to=to, a=a, b=b)
+        self._add("macs", tile=tuple(map(int, tile)), beats=int(beats), to=to, a=a, b=b, wrap=wrap)
 
     def key(self):
         return tuple(self.instructions), tuple(self.tasks)

@@ -1,87 +1,122 @@
-"""C [M, N] = A [M, K] B [N, K]^T on a square grid, both operands as they lie: nothing is aligned.
+"""C [M, N] = A [M, K] B [N, K]^T on R x C cores, both operands as they lie: nothing is aligned.
 
-MeshGEMM's form for a transposed operand (arXiv 2502.04563), P steps. Core (py, px) keeps tile
-A(py, px), Mt x Kt. The tiles of B, Nt x Kt, go round the interleaved ring along y; a core
-multiplies the one it holds, block n of B's rows, by its A; the partial products of a row are summed
-along x by a K-tree and flooded back, and the core whose px is n keeps the sum: C(py, n). The tile
-for the next step travels on microthreads beside the product of this one.
+MeshGEMM's form for a transposed operand (arXiv 2502.04563), here on R <= C cores, L = C steps. Core
+(py, px) keeps tile A(py, px), Mt x Kt. N is cut into L blocks; the tiles of B, Nt x Kt, go round
+the interleaved ring along y (tiles.py: a place of a line shorter than L holds several). A core
+multiplies one of those it holds, block n of B's rows, by its A; the partial products of a row are
+summed along x by a K-tree and flooded back, and the core whose px is n keeps the sum: C(py, n). The
+tile for the next step travels on microthreads beside the product of this one.
+
+A grid with R > C runs the same program with the axes and the operands changed over: C^T = B A^T.
 """
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 
 import numpy as np
 
 from .collectives import Flood, Reduce
-from .engine import Run, run
+from .engine import Run
 from .program import NOWHERE, Code, Program, always, at, unless, when
 from .spec import WaferSpec
-from .tiles import PHASES, WHOLE, Tiles, product_cycles, ring, ring_places
+from .tiles import PHASES, Tiles, buffers, last_slots, product_cycles, ring, slots_held
 from .wires import Wires
 
-STRIP = 4  # rows that stand for the grid: the fewest on which the ring has edges of two hops
-STEPS = (6, 12)  # of the two runs whose difference is the cost of a step
+
+@dataclass(frozen=True)
+class Form:
+    """A product as the program sees it: tiles m x k stay, n x k go round `ring` cores."""
+
+    tiles: Tiles
+    ring: int
+    line: int  # cores along which partial products are summed, and steps
+    high: bool  # R > C: axes and operands are changed over
+
+    @classmethod
+    def of(cls, t: Tiles, rows: int, columns: int) -> Form:
+        high = rows > columns
+        if high:
+            t = Tiles(t.n, t.k, t.m, t.itemsize)
+        return cls(t, min(rows, columns), max(rows, columns), high)
+
+    @property
+    def words(self) -> int:
+        """Of data per core: what stays, the tiles that move and a free buffer, the partial
+        product, C, and a zero."""
+        t = self.tiles
+        return t.a + (-(-self.line // self.ring) + 1) * t.b + 2 * t.c + 1
 
 
-def held(P: int) -> np.ndarray:
-    """Block of B's rows that row py of cores multiplies in a step: [P rows, P steps]."""
-    places = np.array(ring_places(ring("mesh", P)))
-    return np.argsort(places)[(places[:, None] - np.arange(P)[None, :]) % P]
+def held(ring_cores: int, line: int) -> np.ndarray:
+    """Block of the moving operand that a place multiplies in a step: [places, steps]."""
+    return (last_slots("mesh", ring_cores, line)[:, None] - np.arange(line)[None, :]) % line
 
 
-def memory(t: Tiles) -> int:
-    """Words of data per core: A, two buffers of B, the partial product, C, and a zero."""
-    return t.a + 2 * t.b + 2 * t.c + 1
+def shares(M: int, K: int, N: int, rows: int, columns: int, itemsize: int) -> Tiles:
+    """Tile sizes on a grid: C is Mt x Nt, and Kt is a share of the longer side's cores."""
+
+    def share(n, P):
+        return -(-n // P)
+
+    return Tiles(share(M, rows), share(K, max(rows, columns)), share(N, columns), itemsize)
 
 
 def build(
     spec: WaferSpec, rows: int, columns: int, t: Tiles, *, steps: int | None = None
 ) -> Program:
-    """The program of one product. Memory: A B0 B1 partial C 0; B's tiles lie as [Kt, Nt].
+    """The program of one product. Memory: A, B's tiles and a free buffer, partial, C, 0.
 
-    `steps` other than P, on a strip: for timing representative rows only.
+    B's tiles lie as [Kt, Nt]. `steps`, for timing representative cores only: a place of the ring
+    then holds one tile.
     """
-    steps = steps or rows
-    program = Program(spec, rows, columns, PHASES, memory(t))
-    turn = np.full((rows, columns), -1)
-    if steps == rows == columns:
-        turn = np.argsort(held(rows), axis=1)  # the step in which (py, px) keeps the sum
-    program.parameters[:, :, 0] = turn
-    program.parameters[:, :, 1] = steps - 1
+    form = Form.of(t, rows, columns)
+    t, P = form.tiles, form.ring
+    L = steps or form.line
+    if steps:
+        form = Form(t, P, P, form.high)
+    program = Program(spec, rows, columns, PHASES, form.words)
+    program.parameters[:, :, 1] = L - 1
+    turn = np.full((P, max(rows, columns)), -1)
+    if not steps:
+        turn = np.argsort(held(P, L), axis=1)  # the step in which a core keeps the sum
+    program.parameters[:, :, 0] = turn.T if form.high else turn
 
-    to = ring("mesh", rows)
-    moves = Wires(program, "y").connect((p, d) for p, d in enumerate(to) if p != d)
+    along, across = ("x", "y") if form.high else ("y", "x")
+    to = ring("mesh", P)
+    moves = Wires(program, along).connect((p, d) for p, d in enumerate(to) if p != d)
     source = {d: p for p, d in enumerate(to)}
-    along_x = Wires(program, "x")
-    reduce = Reduce(along_x, "ktree")
-    flood = Flood(along_x, reduce.root)
+    slots = [1] * P if steps else slots_held("mesh", P, L)
+    lines = Wires(program, across)
+    reduce = Reduce(lines, "ktree")
+    flood = Flood(lines, reduce.root)
 
-    b0 = t.a
-    partial, c0 = at(b0 + 2 * t.b), at(b0 + 2 * t.b + t.c)
-    zero = at(b0 + 2 * t.b + 2 * t.c, stride=0)
-    now, following = at(b0, alt=t.b), at(b0 + t.b, alt=-t.b)
+    partial0 = form.words - 2 * t.c - 1
+    partial, c0 = at(partial0), at(partial0 + t.c)
+    zero = at(partial0 + 2 * t.c, stride=0)
     cycles = product_cycles(spec, t.m, t.k, t.n, t.itemsize)
     made = {}
-    for py in range(rows):
-        ways = (moves.get((py, to[py])), moves.get((source[py], py)))
-        for px in range(columns):
-            key = (ways, px)
+    for p in range(P):
+        ways = (moves.get((p, to[p])), moves.get((source[p], p)), slots[p])
+        now, coming, wrap = buffers(t.a, t.b, slots[p])
+        for q in range(lines.P):
+            key = (ways, q)
             if key not in made:
                 code = Code(spec)
                 code.task()
-                code.loop(steps)
+                code.loop(L)
                 code.tag, code.condition = 1, unless(1)
                 if ways[0] is not None:
-                    code.vector("move", t.b, read=ways[1], to=following, thread=0)
-                    code.vector("move", t.b, a=now, send=ways[0], thread=1)
+                    code.vector("move", t.b, read=ways[1], to=coming, thread=0, wrap=wrap,
+                                ahead=slots[p] if wrap else 0)  # fmt: skip
+                    code.vector("move", t.b, a=now, send=ways[0], thread=1, wrap=wrap)
                 code.tag, code.condition = 0, always()
                 code.vector("mul", t.c, a=partial, b=zero, to=partial)
-                code.macs((t.m, t.k, t.n), cycles, to=partial, a=at(0), b=now)
+                code.macs((t.m, t.k, t.n), cycles, to=partial, a=at(0), b=now, wrap=wrap)
                 code.tag = 1
-                reduce.write(code, px, t.c, partial[0], "instruction")
-                if px == reduce.root:
-                    if columns > 1:
+                reduce.write(code, q, t.c, partial0, "instruction")
+                if q == reduce.root:
+                    if lines.P > 1:
                         code.vector("move", t.c, a=partial, send=flood.colour)
                     code.condition = when(0)
                     code.vector("move", t.c, a=partial, to=c0)
@@ -98,33 +133,42 @@ def build(
                 code.endloop()
                 code.halt()
                 made[key] = code
-            program.place(made[key], py, px)
+            program.place(made[key], *((q, p) if form.high else (p, q)))
     return program
 
 
+def words_moved(rows: int, columns: int, t: Tiles) -> int:
+    """Words that all cores send: tiles round the ring, partial sums to one core and back."""
+    form = Form.of(t, rows, columns)
+    shifts = (form.line - 1) * (form.ring > 1) * form.tiles.b
+    return rows * columns * (shifts + (form.line > 1) * form.line * form.tiles.c)
+
+
 def scatter(program: Program, t: Tiles, a: np.ndarray, b: np.ndarray) -> None:
-    """Put fp32 matrices into the cores' memory: a [P*m, P*k], b [P*n, P*k]."""
-    P = program.rows
-    program.memory = np.zeros((P, P, program.words), np.float32)
-    program.memory[:, :, : t.a] = a.reshape(P, t.m, P, t.k).transpose(0, 2, 1, 3).reshape(P, P, -1)
-    program.memory[:, :, t.a : t.a + t.b] = (
-        b.reshape(P, t.n, P, t.k).transpose(0, 2, 3, 1).reshape(P, P, -1)
-    )
+    """Put fp32 matrices into the cores' memory.
+
+    R <= C: a [R*m, C*k], b [C*n, C*k]. R > C: a [R*m, R*k], b [C*n, R*k].
+    """
+    R, C = program.rows, program.columns
+    form = Form.of(t, R, C)
+    t, P, L = form.tiles, form.ring, form.line
+    stays, moves = (b, a) if form.high else (a, b)
+    memory = np.zeros((P, L, program.words), np.float32)
+    memory[:, :, : t.a] = stays.reshape(P, t.m, L, t.k).transpose(0, 2, 1, 3).reshape(P, L, -1)
+    blocks = moves.reshape(L, t.n, L, t.k).transpose(0, 2, 3, 1).reshape(L, L, -1)  # [n, line]
+    last, slots = last_slots("mesh", P, L), np.array(slots_held("mesh", P, L))
+    for n in range(slots.max()):  # buffer n holds the n-th slot before the last
+        start, chosen = t.a + n * t.b, n < slots
+        memory[chosen, :, start : start + t.b] = blocks[(last - n) % L][chosen]
+    program.memory = memory.transpose(1, 0, 2) if form.high else memory
 
 
 def gather(done: Run, t: Tiles) -> np.ndarray:
-    """C [P*m, P*n] out of the cores' memory."""
-    P, c0 = done.program.rows, t.a + 2 * t.b + t.c
-    c = done.memory[:, :, c0 : c0 + t.c].reshape(P, P, t.m, t.n)
-    return c.transpose(0, 2, 1, 3).reshape(P * t.m, P * t.n)
-
-
-@functools.lru_cache(512)
-def strip_cycles(spec: WaferSpec, P: int, t: Tiles) -> tuple[float, float]:
-    """Cycles of a P x P product, and of them compute, from a few whole rows: all rows do alike."""
-    compute = float(P * product_cycles(spec, t.m, t.k, t.n, t.itemsize))
-    if P <= WHOLE:
-        return float(run(build(spec, P, P, t)).cycles), compute
-    few, more = (run(build(spec, STRIP, P, t, steps=n)).cycles for n in STEPS)
-    step = (more - few) / (STEPS[1] - STEPS[0])
-    return few + (P - STEPS[0]) * step, compute
+    """C [M, N], padded, out of the cores' memory."""
+    form = Form.of(t, done.program.rows, done.program.columns)
+    t = form.tiles
+    memory = done.memory.transpose(1, 0, 2) if form.high else done.memory  # [ring, line, words]
+    c0 = form.words - t.c - 1
+    c = memory[:, :, c0 : c0 + t.c].reshape(form.ring, form.line, t.m, t.n)
+    c = c.transpose(0, 2, 1, 3).reshape(form.ring * t.m, form.line * t.n)
+    return c.T if form.high else c

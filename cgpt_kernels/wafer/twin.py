@@ -19,7 +19,7 @@ THREADS = 9  # eight microthreads and the main thread, which comes last
 MAIN = 8
 _FIELDS = (
     "op function len beats startup thread read send to0 to1 to2 to3 a0 a1 a2 a3 b0 b1 b2 b3 "
-    "when parameter divisor tag flags task m k n period _0 _1"
+    "when parameter divisor tag flags task m k n period wrap ahead"
 ).split()
 _APPLY = {
     "move": lambda x, y: x,
@@ -248,11 +248,15 @@ class Twin:
     def launch(self, core, c, code):
         n = MAIN if code.thread < 0 else code.thread
 
-        def operand(base, stride, step, alt):
-            return (base + step * c.round + (c.round & 1) * alt if base >= 0 else -1, stride)
+        steps = (c.round + code.ahead) % code.wrap if code.wrap else c.round
 
+        def operand(base, stride, step, alt):
+            return (base + step * steps + (c.round & 1) * alt if base >= 0 else -1, stride)
+
+        flags = 0 if code.wrap and steps + 1 < code.wrap else code.flags
         c.threads[n] = SimpleNamespace(
-            code=code, position=0, remaining=code.beats, ready=self.now + code.startup, done=None,
+            code=code, flags=flags, position=0, remaining=code.beats,
+            ready=self.now + code.startup, done=None,
             to=operand(code.to0, code.to1, code.to2, code.to3),
             a=operand(code.a0, code.a1, code.a2, code.a3),
             b=operand(code.b0, code.b1, code.b2, code.b3))  # fmt: skip
@@ -301,7 +305,7 @@ class Twin:
         last = t.position == code.len
         if code.send >= 0:
             queue = self.ins[core, code.send, RAMP]
-            self.push(core, queue, x, code.flags if last else 0, now + self.stop + self.ramp)
+            self.push(core, queue, x, t.flags if last else 0, now + self.stop + self.ramp)
             self.count(core, "sent")
         if last:
             self.finish(core, c, n)

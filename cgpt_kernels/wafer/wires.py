@@ -71,10 +71,12 @@ class Wires:
                 self._route(colour, (self.backward if p > root else self.forward,), (*out, RAMP), p)
         return colour
 
-    def shared(self, direction: str) -> int:
-        """A colour towards one end that any core may send on, one at a time.
+    def shared(self, direction: str, done: int = 0) -> int:
+        """A colour towards one end on which the cores send one after the other, position 0 first.
 
-        All beyond receive, and so does the sender, whose own words come back by its ramp.
+        All beyond receive, and so does the sender, whose own words come back by its ramp. Backward,
+        the next core may be ready to send before this one's words are on their way: a switch keeps
+        it out until the last of them (ADVANCE_OWN). done: so many positions have sent already.
         """
         colour = self._new_colour()
         ahead, behind = (
@@ -84,9 +86,12 @@ class Wires:
         )
         first, last = (0, self.P - 1) if direction == "forward" else (self.P - 1, 0)
         for p in range(self.P):
-            receive = (RAMP,) if p == first else (behind, RAMP) if p != last else (behind,)
             send = (ahead, RAMP) if p != last else (RAMP,)
-            self._route(colour, receive, send, p)
+            turns = [(behind,)] if p == last else [(RAMP,)] if p == first else [(behind, RAMP)]
+            if direction == "backward" and p not in (first, last):
+                turns = [(behind,), (RAMP,)] if p < done else [(RAMP,), (behind,)]
+            for position, receive in enumerate(turns):
+                self._route(colour, receive, send, p, position)
         return colour
 
     def star(self) -> int:

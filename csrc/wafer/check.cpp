@@ -16,11 +16,11 @@ void require(bool ok, int64_t index, const char* what) {
                                 what);
 }
 
-// Every address an operand can take, in a loop of `rounds`.
-bool inside(const Operand& o, int64_t length, int64_t rounds, int64_t words) {
+// Every address an operand can take, in a loop of `rounds` that counts `steps`.
+bool inside(const Operand& o, int64_t length, int64_t steps, int64_t rounds, int64_t words) {
   if (o.base < 0) return true;
   int64_t low = o.base, high = o.base;
-  for (const int64_t reach : {(length - 1) * int64_t{o.stride}, (rounds - 1) * int64_t{o.step},
+  for (const int64_t reach : {(length - 1) * int64_t{o.stride}, (steps - 1) * int64_t{o.step},
                               rounds > 1 ? int64_t{o.alt} : 0})
     (reach < 0 ? low : high) += reach;
   return low >= 0 && high < words;
@@ -42,6 +42,7 @@ void check_program(const Constants& k, const ProgramView& p, int64_t tasks, bool
     require(i.when >= 0 && i.when <= 4 && i.divisor > 0, n, "condition");
     require(!i.when || (i.parameter >= 0 && i.parameter < k.parameters), n, "parameter");
     require(i.startup >= 0 && i.period >= 0, n, "startup or period");
+    require(i.wrap >= 0 && i.ahead >= 0, n, "circular buffer");
     if (i.op == Op::loop) require(i.len > 0, n, "number of rounds"), rounds = i.len;
     if (i.op == Op::endloop) rounds = 1;
     const bool fabric = i.op == Op::vec && (i.in >= 0 || i.out >= 0);
@@ -52,9 +53,13 @@ void check_program(const Constants& k, const ProgramView& p, int64_t tasks, bool
     if (!values || (i.op != Op::vec && i.op != Op::macs)) continue;
     const bool vec = i.op == Op::vec;
     const int64_t reach = i.period ? std::min(i.len, i.period) : i.len;
-    require(inside(i.dst, vec ? reach : int64_t{i.m} * i.n, rounds, k.words), n, "destination");
-    require(inside(i.a, vec ? reach : int64_t{i.m} * i.k, rounds, k.words), n, "first operand");
-    require(inside(i.b, vec ? reach : int64_t{i.k} * i.n, rounds, k.words), n, "second operand");
+    const int64_t steps = i.wrap ? i.wrap : rounds;
+    const auto within = [&](const Operand& o, int64_t tile) {
+      return inside(o, vec ? reach : tile, steps, rounds, k.words);
+    };
+    require(within(i.dst, int64_t{i.m} * i.n), n, "destination");
+    require(within(i.a, int64_t{i.m} * i.k), n, "first operand");
+    require(within(i.b, int64_t{i.k} * i.n), n, "second operand");
     require(i.in >= 0 || i.a.base >= 0, n, "first operand: neither memory nor fabric");
     require(fabric || i.dst.base >= 0, n, "destination: neither memory nor fabric");
     require(vec || i.b.base >= 0, n, "second operand");

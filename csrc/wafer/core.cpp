@@ -26,8 +26,8 @@ bool holds(int32_t when, int32_t turn, int32_t value) {
                      : turn > value;
 }
 
-Operand in_round(Operand o, int32_t round) {
-  if (o.base >= 0) o.base += o.step * round + (round & 1) * o.alt;
+Operand in_round(Operand o, int32_t round, int32_t steps) {
+  if (o.base >= 0) o.base += o.step * steps + (round & 1) * o.alt;
   return o;
 }
 
@@ -125,7 +125,11 @@ void Grid::launch(Core& c, int64_t core, const Instruction& i) {
   t.instruction = &i;
   t.ready = now_ + i.startup;
   t.remaining = i.beats;
-  t.dst = in_round(i.dst, c.round), t.a = in_round(i.a, c.round), t.b = in_round(i.b, c.round);
+  const int32_t steps = i.wrap ? (c.round + i.ahead) % i.wrap : c.round;
+  t.dst = in_round(i.dst, c.round, steps);
+  t.a = in_round(i.a, c.round, steps);
+  t.b = in_round(i.b, c.round, steps);
+  t.flags = !i.wrap || steps + 1 == i.wrap ? i.flags : 0;
   if (i.op == Op::vec && i.in >= 0) t.in = &inbox_[route(core, i.in)->destination[kRamp]];
   if (i.op == Op::vec && i.out >= 0) t.out = &channels_[route(core, i.out)->channel[kRamp]].queue;
   c.busy |= 1u << index;
@@ -188,7 +192,7 @@ void Grid::beat(Core& c, int64_t core, int index) {
   if (m && t.dst.base >= 0) m[t.dst.base + n * t.dst.stride] = x;
   const bool last = ++t.position == i.len;
   if (i.out >= 0) {
-    push(*t.out, x, last ? i.flags : 0, now_ + k_.stop + k_.ramp, core);
+    push(*t.out, x, last ? t.flags : 0, now_ + k_.stop + k_.ramp, core);
     wake(kRouter, core, now_ + k_.stop + k_.ramp);
     ++statistic(core, kSent);
   }

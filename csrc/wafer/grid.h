@@ -83,6 +83,7 @@ struct Thread {
   const Instruction* instruction = nullptr;  // nullptr: free
   int32_t position = 0;                      // words done
   int32_t remaining = 0;                     // beats left, without fabric operands
+  int32_t flags = 0;                         // commands of the last wavelet
   int64_t ready = 0;                         // first cycle with a beat
   int64_t done = kNever;
   Queue *in = nullptr, *out = nullptr;  // of its fabric operands

@@ -31,8 +31,8 @@ enum Flags : int32_t {
   kAdvancePath = 2,  // the last wavelet advances every router it passes
 };
 
-// One operand: word address, stride in words, and what is added per round of the loop (step), or in
-// its odd rounds only (alt: double buffers). base < 0: absent.
+// One operand: word address, stride in words, and what is added per round of the loop (step, see
+// `wrap`), or in its odd rounds only (alt: double buffers). base < 0: absent.
 struct Operand {
   int32_t base, stride, step, alt;
 };
@@ -54,7 +54,9 @@ struct Instruction {
   int32_t task;     // what `activate`, `block`, `unblock` mean, or what starts on completion
   int32_t m, k, n;  // of macs
   int32_t period;   // memory operands of a vector start over after so many words; 0: never
-  int32_t reserved[2];
+  // wrap > 0: steps are counted (round + ahead) % wrap, as in circular buffers, and flags go with
+  // the last of them only.
+  int32_t wrap, ahead;
 };
 static_assert(sizeof(Instruction) == 32 * sizeof(int32_t));
 
