@@ -13,7 +13,7 @@ from cgpt_kernels import backends
 from cgpt_kernels.ops import registry
 from cgpt_kernels.testing import hold_to_rule
 from cgpt_kernels.wafer import WSE2, WSE3, engine, strips, tiles, transposed, twin
-from cgpt_kernels.wafer.ops import merged_attention
+from cgpt_kernels.wafer.backend import attention_fwd
 from cgpt_kernels.wafer.tiles import ALGORITHMS, Tiles
 
 OPS = ("gemm", "layer_norm", "add_layer_norm", "attention")
@@ -202,9 +202,35 @@ def test_attention_in_pieces_is_attention(causal, S, keys):
         assert report.macs == 2 * 6 * S * keys * 8
 
 
+@settings(max_examples=40)
+@given(
+    S=st.integers(1, 12),
+    keys=st.integers(1, 15),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    causal=st.booleans(),
+    padded=st.booleans(),
+    biased=st.sampled_from([None, torch.bool, torch.float32]),
+    sloped=st.booleans(),
+)
+def test_tiles_of_attention_are_the_kernels_whole(S, keys, grid, causal, padded, biased, sloped):
+    B, H, D = 2, 3, 8
+    q, k, v = (torch.randn(B, H, n, D) for n in (S, keys, keys))
+    padding = torch.rand(B, keys) < 0.3 if padded else None
+    bias = torch.randn(B, H, S, keys) if biased else None
+    bias = bias > -1 if biased == torch.bool else bias
+    slopes = torch.tensor([0.5, 0.1, 0.02]) if sloped else None
+    found = {}
+    for name, kernel in (("whole", engine._C.attention_fwd), ("tiles", attention_fwd)):
+        out, lse = torch.full_like(q, torch.nan), torch.full((B, H, S), torch.nan)
+        with ck.wafer.record(grid=grid):
+            kernel(q, k, v, padding, bias, slopes, out, lse, D**-0.5, causal, 0.0, 0)
+        found[name] = out, lse
+    torch.testing.assert_close(found["tiles"], found["whole"])
+
+
 def test_queries_that_see_nothing_give_zero():
     q, k = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 3, 8)
-    out = merged_attention(q, k, k, True, 1.0, 2)
+    out, _ = ck.wafer.attention(q, k, k, grid=(2, 2))
     assert (out[0, 0, :2] == 0).all() and torch.isfinite(out).all()
 
 

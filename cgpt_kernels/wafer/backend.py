@@ -19,6 +19,7 @@ from .ops import (
 )
 from .report import Report
 from .spec import WSE2, WaferSpec
+from .tiled_attention import tiled_attention
 
 
 @dataclass
@@ -104,11 +105,14 @@ def layer_norm_fwd(x, residual, weight, bias, y, total, mean, rstd, eps) -> None
 def attention_fwd(
     q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
 ) -> None:
-    """Arguments as `_C.attention_fwd`'s; a batch entry occupies the grid after the other."""
+    """Arguments as `_C.attention_fwd`'s: tiles over the grid, merged."""
+    masks = key_padding_mask, attn_bias, alibi_slopes
     if q.numel() and k.shape[2]:
-        _note(
+        grid = _note(
             lambda grid, spec: attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
         )
-    _kernel("attention_fwd")(
-        q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
-    )
+        if dropout_p == 0.0:
+            tiled_attention(q, k, v, *masks, out, lse, scale, causal, grid)
+            return
+    # Which probabilities dropout drops is counted through the whole matrix, which a tile is not.
+    _kernel("attention_fwd")(q, k, v, *masks, out, lse, scale, causal, dropout_p, seed)

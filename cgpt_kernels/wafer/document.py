@@ -56,8 +56,9 @@ alignment of MeshGEMM's operands and the step of the scores' product.
 `ck.wafer.gemm`, `gemv`, `layer_norm`, `attention` and `backend="wafer"` give each column (or row)
 of cores its share through the CPU kernels. Sums over K run in ascending order, so results do not
 depend on the grid; that each core meets each pair of tiles once is checked on tile numbers, and
-with values in the cycle engine on small grids. Attention in pieces of keys is merged by the logs
-of their sums.
+with values in the cycle engine on small grids. Attention runs tile by tile, queries over the rows of
+cores and keys over the columns, merged by the largest logit and the sum of each tile; with dropout,
+whose mask is counted through the whole matrix, it runs whole.
 
 ## Constants
 

@@ -25,6 +25,7 @@ from .engine import run
 from .phases import allreduce, local, shift
 from .report import Report
 from .spec import WSE2, WaferSpec
+from .tiled_attention import tiled_attention
 from .tiles import (
     ALGORITHMS,
     PHASES,
@@ -299,11 +300,11 @@ def attention(
     scale: float | None = None,
     spec: WaferSpec = WSE2,
 ) -> tuple[Tensor, Report]:
-    """Attention of [B, H, S, D] tensors, keys and values in parts over the columns of cores.
+    """Attention of [B, H, S, D] tensors, tile by tile: queries over the rows of cores, keys and
+    values over the columns, merged in fp32 (tiled_attention.py).
 
-    Each part gives an output and the log of its sum; parts are merged in fp32 by these logs, as the
-    rows of cores do it. One query is decode: the keys lie balanced over the columns, which cost one
-    shift of the cache (every column passes its oldest key and value on) before the scores.
+    One query is decode: the keys lie balanced over the columns, which cost one shift of the cache
+    (every column passes its oldest key and value on) before the scores.
     """
     op = "wafer.attention"
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -316,39 +317,10 @@ def attention(
     spec.check_grid(op, *grid)
     report = attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
     scale = D**-0.5 if scale is None else scale
-    return merged_attention(q, k, v, causal, scale, grid[1]), report
-
-
-def merged_attention(q, k, v, causal: bool, scale: float, parts: int) -> Tensor:
-    """softmax(q k^T * scale) v from at most `parts` pieces of the keys, merged by their lse.
-
-    A checksum guards the merge: every key must have been seen once.
-    """
-    B, H, S, _ = q.shape
-    keys = k.shape[2]
-    outs, logs, seen = [], [], 0
-    rows = torch.arange(S)[:, None] + keys - S  # last visible key of each query
-    for part in _panels(keys, parts):
-        out = torch.empty_like(q, dtype=torch.float32)
-        lse = q.new_empty(B, H, S, dtype=torch.float32)
-        bias = None
-        if causal:
-            visible = torch.arange(part.start, part.stop)[None, :] <= rows
-            bias = visible.expand(B, H, S, part.stop - part.start)
-        wide = (q.float(), k[:, :, part].float(), v[:, :, part].float())
-        _kernel("attention_fwd")(*wide, None, bias, None, out, lse, scale, False, 0.0, 0)
-        outs.append(out)
-        logs.append(lse)
-        seen += (part.start + part.stop - 1) * (part.stop - part.start) // 2
-    if seen != keys * (keys - 1) // 2:
-        raise AssertionError("attention: a piece of the keys was lost or came twice")
-    if not outs:
-        return torch.zeros_like(q)
-    logs = torch.stack(logs)  # [parts, B, H, S]
-    top = logs.amax(0)
-    weight = torch.exp(logs - torch.where(top.isinf(), 0.0, top))
-    weight = weight / weight.sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    return (torch.stack(outs) * weight[..., None]).sum(0).to(q.dtype)
+    out = torch.zeros_like(q)
+    if q.numel() and k.shape[2]:
+        tiled_attention(q, k, v, None, None, None, out, None, scale, causal, grid)
+    return out, report
 
 
 def attention_report(shape, keys, itemsize, grid, spec) -> Report:
