@@ -35,8 +35,8 @@ class Balanced(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [v for k, v in attrs if k in ("src", "href")]
-        if tag != "meta":
+        self.loads += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -73,11 +73,38 @@ def test_collective_writes_trace_picture_and_page(tmp_path):
                  "ktree", "--trace", trace, "--heatmap", png, "--html", html)  # fmt: skip
     assert "modelled" not in text and "cycles" in text
     events = json.loads(trace.read_text())["traceEvents"]
-    spans = [e for e in events if e["ph"] == "X"]
-    assert spans and all(e["dur"] > 0 and e["ts"] >= 0 for e in spans)
-    assert {e["pid"] for e in spans} <= {e["pid"] for e in events if e["ph"] == "M"}
+    assert len({e["pid"] for e in events}) == 24  # a process for each core
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert page(html).tags.count("svg") > 5
+    found = page(html)
+    assert found.tags.count("img") == 5 and found.tags.count("svg") == 2
+
+
+def test_traces_are_in_the_trace_event_format(tmp_path):
+    """Of the documented format, all that Perfetto's importer asks of these kinds of events."""
+    report, _ = simulate("allreduce", "two_phase", (3, 5), 4, ck.wafer.WSE2, log=100_000)
+    report.save_trace(tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["displayTimeUnit"] in ("ns", "ms") and isinstance(trace["traceEvents"], list)
+    named, tracks = {"process_name": set(), "thread_name": set()}, {}
+    for event in trace["traceEvents"]:
+        assert isinstance(event["pid"], int) and isinstance(event["tid"], int)
+        if event["ph"] == "M":
+            assert isinstance(event["args"]["name"], str)
+            of_process = event["name"] == "process_name"
+            track = event["pid"] if of_process else (event["pid"], event["tid"])
+            assert track not in named[event["name"]]
+            named[event["name"]].add(track)
+        else:
+            assert event["ph"] == "X" and event["name"] in ("along x", "along y", "broadcast")
+            assert event["ts"] >= 0 and event["dur"] >= 0
+            tracks.setdefault((event["pid"], event["tid"]), []).append(event)
+    assert named["thread_name"] == tracks.keys()
+    assert named["process_name"] == {pid for pid, _ in tracks}
+    for events in tracks.values():  # slices of a track must nest; these follow one another
+        events.sort(key=lambda event: event["ts"])
+        assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in pairwise(events))
+    ends = [e["ts"] + e["dur"] for events in tracks.values() for e in events]
+    assert max(ends) == report.cycles
 
 
 def test_spans_of_a_thread_do_not_overlap():
@@ -92,7 +119,8 @@ def test_spans_of_a_thread_do_not_overlap():
 
 
 def test_a_report_without_cores_traces_its_phases_and_has_no_map(tmp_path):
-    report = ck.wafer.estimate(ck.GPTConfig.from_name("cerebras-gpt-111m"), grid=(64, 64))
+    small = ck.GPTConfig.from_name("cerebras-gpt-111m")
+    report = ck.wafer.estimate(small, grid=(64, 64), mode="prefill", context=128)
     spans = [e for e in trace_events(report)["traceEvents"] if e["ph"] == "X"]
     assert len(spans) == len(report.phases)
     with pytest.raises(ValueError, match="has no maps: its cycles come from representative rows"):
@@ -111,12 +139,36 @@ def test_maps_state_their_imbalance():
     )
 
 
-def test_sweep_is_a_table(tmp_path):
+def test_a_sweep_is_one_row_for_each_combination(tmp_path):
     file = tmp_path / "sweep.csv"
     wafer("sweep", "--model", "cerebras-gpt-111m", "--grids", "32x32,64x64", "--out", file)
     rows = list(csv.DictReader(file.open()))
     assert len(rows) == 4 and {r["spec"] for r in rows} == {"wse2", "wse3"}
     assert "cerebras" in wafer("sweep", "--model", "cerebras-gpt-111m", "--grids", "32x32")
+    grouped = json.loads(wafer("sweep", "--model", "cerebras-gpt-111m", "--grids", "64x64",
+                               "--groups", "4,8", "--specs", "wse2", "--json"))  # fmt: skip
+    assert [r["groups"] for r in grouped] == [4, 8] and grouped[0]["cycles"] != grouped[1]["cycles"]
+
+
+def test_products_and_collectives_are_swept_too(tmp_path):
+    file = tmp_path / "sweep.json"
+    wafer("sweep", "--size", "64x64x64", "--grids", "4x4,8x8", "--out", file)
+    rows = json.loads(file.read_text())
+    assert len(rows) == 2 * 2 * 3 and all(r["cycles"] > 0 for r in rows)
+    rows = json.loads(wafer("sweep", "--kind", "reduce", "--grids", "1x16", "--words", "1,64",
+                            "--algorithms", "chain,tree,magic", "--json"))  # fmt: skip
+    bad = [r for r in rows if r["error"]]
+    assert len(rows) == 12 and all("got 'magic'" in r["error"] for r in bad) and len(bad) == 4
+
+
+def test_an_estimate_has_maps_of_its_cores():
+    report = ck.wafer.estimate(ck.GPTConfig.from_name("cerebras-gpt-111m"), grid=(40, 56))
+    maps = report.maps
+    assert maps.keys() == {"compute", "communication", "idle", "hops", "SRAM"}
+    busy = maps["compute"] + maps["communication"] + maps["idle"]
+    assert (busy == busy[0, 0]).all() and maps["idle"].min() >= 0
+    assert 12 * maps["hops"].sum() <= report.hops * 12 / 10 + 1  # of one of its ten blocks
+    assert report.words > 0
 
 
 def test_validate_prints_every_row():
@@ -130,7 +182,10 @@ def test_report_compares_machines_and_grids(tmp_path):
     file = tmp_path / "report.html"
     wafer("report", "--model", "cerebras-gpt-111m", "--grid", "64x64", "--context", 128, "--out",
           file)  # fmt: skip
-    assert page(file).tags.count("tr") == 5 and "WSE-3" in file.read_text()
+    text, found = file.read_text(), page(file)
+    assert found.tags.count("h3") == 4 and found.tags.count("img") == 5
+    for words in ("WSE-3", "128 x 128", "32 x 32", "streaming", "prefill", "train"):
+        assert words in text
 
 
 @pytest.mark.parametrize(
@@ -140,11 +195,33 @@ def test_report_compares_machines_and_grids(tmp_path):
         (("estimate", "--model", "gpt2", "--grid", "four"), "--grid must be ROWSxCOLUMNS"),
         (("estimate", "--model", "gpt2", "--grid", "4x4", "--spec", "wse9"), "wse2 or wse3"),
         (("gemm", "--size", "4x4", "--grid", "2x2"), "--size must be MxKxN"),
+        (("estimate", "--model", "gpt2", "--grid", "2000x10"), "within WSE-2's usable (994, 750)"),
+        (("gemm", "--size", "20000x20000x20000", "--grid", "4x4"), "for its tiles, WSE-2 leaves"),
+        (("gemm", "--size", "4x4x4", "--grid", "4x4", "--algorithm", "fast"), "got 'fast'"),
+        (("sweep", "--grids", "4x4"), "one of --model, --size and --kind"),
+        (
+            (
+                "collective",
+                *"--kind reduce --shape 1x700 --words 1 --algorithm tree --spec wse3".split(),
+            ),
+            "needs 10 input queues, the limit is 8",
+        ),
     ],
     ids=str,
 )
 def test_errors_are_one_line(args, message):
     assert message in wafer(*args, code=2)
+
+
+@pytest.mark.parametrize(
+    "command", ["estimate", "gemm", "collective", "sweep", "validate", "report"]
+)
+def test_help_explains_every_option(command):
+    text = wafer(command, "--help")
+    options = re.findall(r"^ *(--[\w-]+)(.*(?:\n {20,}\S.*)*)", text, re.MULTILINE)
+    assert options
+    for name, rest in options:
+        assert len(re.sub(r"[A-Z]{3,}|\[.*?\]|\s", "", rest)) > 3, f"{name} says nothing"
 
 
 def test_the_document_is_current():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import re
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +15,35 @@ import typer
 from .report import Report
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-_Spec = Annotated[str, typer.Option(help="wse2 or wse3.")]
-_Grid = Annotated[str, typer.Option(help="Rows x columns, e.g. 660x660.")]
+_Model = Annotated[
+    str,
+    typer.Option(
+        help="A preset such as gpt2 or cerebras-gpt-13b, or llama3-8b or qwen2-72b, the shapes "
+        "that WaferLLM ran."
+    ),
+]
+_Spec = Annotated[str, typer.Option(help="The machine: wse2 or wse3.")]
+_Grid = Annotated[
+    str,
+    typer.Option(help="ROWSxCOLUMNS of cores: at most 994x750 on WSE-2, 1160x750 on WSE-3."),
+]
+_Mode = Annotated[
+    str,
+    typer.Option(help="decode (one token per request), prefill (all of the context) or train."),
+]
+_Parallel = Annotated[
+    str,
+    typer.Option(
+        help="tensor (every layer on all cores), pipeline (each layer its own rectangle), sequence "
+        "(parts of the context on groups of rows) or streaming (weights come from outside)."
+    ),
+]
+_Context = Annotated[int, typer.Option(min=1, help="Tokens that each token attends to.")]
 _Json = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
-_Html = Annotated[Path | None, typer.Option(help="Write the report as one HTML file too.")]
+_Html = Annotated[
+    Path | None,
+    typer.Option(help="Write one HTML file too: phases, cores, timeline, what-if tables."),
+]
 
 
 def _pair(name: str, text: str) -> tuple[int, int]:
@@ -27,6 +51,13 @@ def _pair(name: str, text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"wafer: --{name} must be ROWSxCOLUMNS, e.g. 660x660, got {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if not found or not all(map(int, found.groups())):
+        raise ValueError(f"wafer: --size must be MxKxN, e.g. 2048x2048x2048, got {text!r}")
+    return tuple(map(int, found.groups()))
 
 
 def _config(model: str):
@@ -44,10 +75,11 @@ def _config(model: str):
         raise ValueError(f"{error}, {', '.join(shapes)}") from None
 
 
-def _show(report: Report, as_json: bool, html: Path | None = None, compare=()) -> None:
+def _show(report: Report, as_json: bool, html: Path | None = None, what_if=dict) -> None:
+    """Prints the report; what_if() is asked for the page's tables only where one is written."""
     typer.echo(report.to_json() if as_json else str(report))
     if html is not None:
-        report.save_html(html, compare=list(compare))
+        report.save_html(html, compare=what_if())
         typer.echo(f"written to {html}", err=True)
 
 
@@ -55,52 +87,70 @@ def _show(report: Report, as_json: bool, html: Path | None = None, compare=()) -
 def main() -> None:
     """A modelled wafer-scale engine: cycles of products, collectives and whole models.
 
+    Nothing here is measured: programs run on a model of the machine, wavelet by wavelet where the
+    grid is small, from representative rows and columns where it is large. `validate` says how far
+    that is from what was published.
+
     \b
+    # What does a token of a 13B model cost on 660 x 660 cores, and does the model fit?
     cgpt-kernels wafer estimate --model cerebras-gpt-13b --spec wse2 --mode decode --grid 660x660
-    cgpt-kernels wafer gemm --size 2048x2048x2048 --grid 64x64 --algorithm mesh
+    # Which algorithm for a product? What does the better one look like, core by core?
+    cgpt-kernels wafer gemm --size 2048x2048x2048 --grid 64x64
+    cgpt-kernels wafer gemm --size 128x128x128 --grid 16x16 --algorithm mesh --html gemm.html
+    # How long does a sum over 512 cores take?
     cgpt-kernels wafer collective --kind reduce --shape 1x512 --words 256
+    # The same over many grids, machines, algorithms, as a table:
     cgpt-kernels wafer sweep --model cerebras-gpt-1.3b --grids 200x200,400x400 --out sweep.csv
+    cgpt-kernels wafer sweep --size 4096x4096x4096 --grids 360x360,720x720 --json
+    # One page to show around:
+    cgpt-kernels wafer report --model llama3-8b --grid 660x660 --out report.html
+    # How far off is all this?
     cgpt-kernels wafer validate
     """
 
 
 @app.command("estimate")
 def estimate_command(
-    model: Annotated[str, typer.Option(help="A preset, llama3-8b or qwen2-72b.")],
+    model: _Model,
     grid: _Grid,
     spec: _Spec = "wse2",
-    mode: Annotated[str, typer.Option(help="prefill, decode or train.")] = "decode",
-    parallel: Annotated[
-        str, typer.Option(help="tensor, pipeline, sequence or streaming.")
-    ] = "tensor",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    context: Annotated[int, typer.Option(min=1)] = 2048,
+    mode: _Mode = "decode",
+    parallel: _Parallel = "tensor",
+    batch: Annotated[int, typer.Option(min=1, help="Requests or sequences at once.")] = 1,
+    context: _Context = 2048,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Of the K-tree collectives; default about sqrt(P).")
+    ] = None,
     density: Annotated[float, typer.Option(help="Share of nonzero weights (streaming).")] = 1.0,
     as_json: _Json = False,
     html: _Html = None,
 ) -> None:
-    """Cycles of a whole model by phase, and whether it fits."""
+    """Cycles of a whole model by phase, and whether it fits.
+
+    \b
+    cgpt-kernels wafer estimate --model cerebras-gpt-13b --grid 660x660
+    cgpt-kernels wafer estimate --model llama3-8b --grid 480x480 --mode prefill --context 4096
+    cgpt-kernels wafer estimate --model cerebras-gpt-13b --grid 750x750 --parallel streaming
+    """
     from .model import estimate
-    from .spec import PRESETS, preset
+    from .spec import preset
+    from .whatif import of_estimate
 
     options = {"mode": mode, "parallel": parallel, "batch": batch, "context": context}
-    config, sides = _config(model), _pair("grid", grid)
-    report = estimate(config, spec=preset(spec), grid=sides, density=density, **options)
-    others = []
-    if html is not None:
-        others = [
-            estimate(config, spec=other, grid=sides, density=density, **options)
-            for other in PRESETS.values()
-            if other is not report.spec
-        ]
-    _show(report, as_json, html, others)
+    options |= {"groups": groups, "density": density}
+    config, sides, machine = _config(model), _pair("grid", grid), preset(spec)
+    report = estimate(config, spec=machine, grid=sides, **options)
+    report.what = f"{model}: {report.what}"
+    _show(report, as_json, html, lambda: of_estimate(config, sides, machine, **options))
 
 
 @app.command("gemm")
 def gemm_command(
-    size: Annotated[str, typer.Option(help="MxKxN.")],
+    size: Annotated[str, typer.Option(help="MxKxN: [M, K] times [K, N].")],
     grid: _Grid,
-    algorithm: Annotated[str, typer.Option(help="summa, cannon, mesh or all.")] = "all",
+    algorithm: Annotated[
+        str, typer.Option(help="summa, cannon, mesh (MeshGEMM), or all side by side.")
+    ] = "all",
     dtype: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
     transposed_b: Annotated[
         bool, typer.Option("--transposed-b", help="The program for a b^T beside them.")
@@ -109,20 +159,26 @@ def gemm_command(
     as_json: _Json = False,
     html: _Html = None,
 ) -> None:
-    """Cycles of a product, one algorithm or all side by side."""
+    """Cycles of a product, one algorithm or all side by side.
+
+    Core (py, px) owns one tile of the result. Up to 16 x 16 cores every wavelet is simulated and
+    the page shows the cores; beyond, two rows stand for the grid.
+
+    \b
+    cgpt-kernels wafer gemm --size 2048x2048x2048 --grid 64x64
+    cgpt-kernels wafer gemm --size 128x128x128 --grid 16x16 --algorithm cannon --html cannon.html
+    """
     from .. import checks
     from .ops import gemm_report, transposed_report
     from .spec import preset
     from .tiles import ALGORITHMS
+    from .whatif import of_gemm
 
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", size)
-    if not found:
-        raise ValueError(f"wafer: --size must be MxKxN, got {size!r}")
+    M, K, N = _size(size)
     checks.is_choice("wafer", "--algorithm", algorithm, (*ALGORITHMS, "all"))
     checks.is_choice("wafer", "--dtype", dtype, ("fp16", "fp32"))
     machine, (rows, columns) = preset(spec), _pair("grid", grid)
     machine.check_grid("wafer", rows, columns)
-    M, K, N = map(int, found.groups())
     itemsize = 2 if dtype == "fp16" else 4
     names = ALGORITHMS if algorithm == "all" else (algorithm,)
     reports = [gemm_report(M, K, N, itemsize, (rows, columns), name, machine) for name in names]
@@ -133,7 +189,9 @@ def gemm_command(
     else:
         typer.echo("\n".join(map(str, reports)))
     if html is not None:
-        reports[0].save_html(html, compare=reports[1:])
+        answers = of_gemm(M, K, N, itemsize, (rows, columns), names[0], machine)
+        reports[0].save_html(html, compare=answers)
+        typer.echo(f"written to {html}", err=True)
 
 
 @app.command("collective")
@@ -141,70 +199,171 @@ def collective_command(
     kind: Annotated[str, typer.Option(help="broadcast, reduce or allreduce.")],
     shape: Annotated[str, typer.Option(help="Rows x columns; a line is 1xP.")],
     words: Annotated[int, typer.Option(min=1, help="32-bit words per core.")],
-    algorithm: Annotated[str, typer.Option(help="auto or a name.")] = "auto",
-    relay: Annotated[str, typer.Option(help="instruction or task.")] = "instruction",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="auto (the cheapest by the formulas), star, chain, tree, preorder, two_phase, "
+            "ktree; ring for allreduce, flood for broadcast."
+        ),
+    ] = "auto",
+    relay: Annotated[
+        str, typer.Option(help="What a stop on the way is: one instruction, or a task.")
+    ] = "instruction",
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Of two_phase and ktree; default about sqrt(P).")
+    ] = None,
     spec: _Spec = "wse2",
     as_json: _Json = False,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace.")] = None,
     heatmap: Annotated[Path | None, typer.Option(help="Write a PNG of the cores.")] = None,
     html: _Html = None,
 ) -> None:
-    """Simulate one collective, wavelet by wavelet."""
+    """Simulate one collective, wavelet by wavelet.
+
+    The trace opens in Perfetto (ui.perfetto.dev): one process per core, one thread per microthread.
+
+    \b
+    cgpt-kernels wafer collective --kind reduce --shape 1x512 --words 256
+    cgpt-kernels wafer collective --kind allreduce --shape 16x16 --words 33 --algorithm ktree \\
+      --trace allreduce.json --heatmap allreduce.png --html allreduce.html
+    """
     from .collectives import simulate
     from .spec import preset
+    from .whatif import of_collective
 
     log = 200_000 if trace or html else 0
-    sides = _pair("shape", shape)
-    report, _ = simulate(kind, algorithm, sides, words, preset(spec), relay, log=log)
+    sides, machine = _pair("shape", shape), preset(spec)
+    report, _ = simulate(kind, algorithm, sides, words, machine, relay, groups, log=log)
     if trace is not None:
         report.save_trace(trace)
     if heatmap is not None:
         report.save_heatmap(heatmap)
-    _show(report, as_json, html)
+    chosen = report.what.split()[1].rstrip(",")
+    _show(report, as_json, html, lambda: of_collective(
+        kind, chosen, sides, words, machine, relay, groups))  # fmt: skip
+
+
+def _list(text: str | None, default: str = "") -> list[str]:
+    return [part.strip() for part in (text or default).split(",") if part.strip()]
 
 
 @app.command("sweep")
 def sweep_command(
-    model: Annotated[str, typer.Option(help="A preset, llama3-8b or qwen2-72b.")],
     grids: Annotated[str, typer.Option(help="Comma-separated ROWSxCOLUMNS.")],
-    specs: Annotated[str, typer.Option(help="Comma-separated.")] = "wse2,wse3",
-    modes: Annotated[str, typer.Option(help="Comma-separated.")] = "decode",
-    parallels: Annotated[str, typer.Option(help="Comma-separated.")] = "tensor",
-    context: Annotated[int, typer.Option(min=1)] = 2048,
-    out: Annotated[Path | None, typer.Option(help="CSV file; default stdout.")] = None,
+    model: Annotated[str | None, typer.Option(help="Sweep a model, named as in estimate.")] = None,
+    size: Annotated[str | None, typer.Option(help="Sweep a product, MxKxN.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Sweep a collective: broadcast, reduce or allreduce.")
+    ] = None,
+    specs: Annotated[str, typer.Option(help="Machines, comma-separated.")] = "wse2,wse3",
+    modes: Annotated[str, typer.Option(help="Of a model, comma-separated.")] = "decode",
+    parallels: Annotated[str, typer.Option(help="Of a model, comma-separated.")] = "tensor",
+    algorithms: Annotated[
+        str | None,
+        typer.Option(help="Of a product (default all) or collective (default auto)."),
+    ] = None,
+    words: Annotated[str, typer.Option(help="Of a collective, comma-separated.")] = "1",
+    groups: Annotated[
+        str | None, typer.Option(help="Of K-tree and two-phase collectives, comma-separated.")
+    ] = None,
+    context: _Context = 2048,
+    as_json: _Json = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, JSON if it ends so; default stdout.")
+    ] = None,
 ) -> None:
-    """A table over grids, machines, modes and ways to spread; one CSV row each."""
-    from .model import estimate
-    from .spec import preset
+    """A table over grids, machines, modes, algorithms: one row each, CSV or JSON.
 
-    config, rows = _config(model), []
-    choices = (specs.split(","), modes.split(","), parallels.split(","), grids.split(","))
-    for spec, mode, parallel, grid in itertools.product(*choices):
-        report = estimate(
-            config,
-            spec=preset(spec),
-            grid=_pair("grids", grid),
-            mode=mode,
-            parallel=parallel,
-            context=context,
+    A combination that the machine does not allow is a row with its error in the last column.
+
+    \b
+    cgpt-kernels wafer sweep --model cerebras-gpt-1.3b --grids 200x200 --modes decode,prefill
+    cgpt-kernels wafer sweep --model llama3-8b --grids 420x420 --groups 10,20,30 --specs wse2
+    cgpt-kernels wafer sweep --size 4096x4096x4096 --grids 360x360,720x720
+    cgpt-kernels wafer sweep --kind reduce --grids 1x64,1x512 --words 1,256 --algorithms chain,tree
+    """
+    from .collectives import collective
+    from .model import estimate
+    from .ops import gemm_report
+    from .spec import preset
+    from .tiles import ALGORITHMS
+
+    if sum(subject is not None for subject in (model, size, kind)) != 1:
+        raise ValueError("wafer: sweep takes one of --model, --size and --kind")
+    count = [int(g) if g.isdigit() else g for g in _list(groups)] or [None]
+    sides = [_pair("grids", g) for g in _list(grids)]
+    axes = {"spec": _list(specs), "grid": sides}
+    if model is not None:
+        config = _config(model)
+        axes |= {"mode": _list(modes), "parallel": _list(parallels), "groups": count}
+
+        def make(spec, **options):
+            return estimate(config, spec=preset(spec), context=context, **options)
+
+    elif size is not None:
+        M, K, N = _size(size)
+        axes |= {"algorithm": _list(algorithms, ",".join(ALGORITHMS))}
+
+        def make(spec, grid, algorithm):
+            machine = preset(spec)
+            machine.check_grid("wafer", *grid)
+            if algorithm not in ALGORITHMS:
+                raise ValueError(
+                    f"wafer: algorithm must be among {', '.join(ALGORITHMS)}, got {algorithm!r}"
+                )
+            return gemm_report(M, K, N, 2, grid, algorithm, machine)
+
+    else:
+        counts = [int(w) if w.isdigit() else w for w in _list(words)]
+        axes |= {"algorithm": _list(algorithms, "auto"), "words": counts, "groups": count}
+
+        def make(spec, grid, **options):
+            return collective(kind, shape=grid, spec=preset(spec), **options)
+
+    rows = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        named = {"subject": model or size or kind, **chosen}
+        named["grid"] = "{}x{}".format(*chosen["grid"])
+        if named.get("groups") is None:
+            named.pop("groups", None)
+        try:
+            report = make(**chosen)
+        except ValueError as error:
+            rows.append(named | dict.fromkeys(_RESULTS, "") | {"error": str(error)})
+            continue
+        found = (
+            round(report.cycles),
+            round(report.seconds * 1e6, 3),
+            round(report.tokens_per_second, 2),
+            round(report.utilization, 5),
+            report.peak_sram_bytes,
+            report.fits,
         )
-        rows.append(
-            {
-                "model": model,
-                "spec": spec,
-                "mode": mode,
-                "parallel": parallel,
-                "grid": grid,
-                "cycles": round(report.cycles),
-                "tokens_per_second": round(report.tokens_per_second, 2),
-                "sram_bytes_per_core": report.peak_sram_bytes,
-                "fits": report.fits,
-            }
-        )
-    with out.open("w", newline="") if out else nullcontext(sys.stdout) as stream:
-        writer = csv.DictWriter(stream, rows[0])
+        rows.append(named | dict(zip(_RESULTS, found, strict=True)) | {"error": ""})
+    if as_json or (out is not None and out.suffix == ".json"):
+        text = json.dumps(rows, indent=1) + "\n"
+    else:
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, rows[0] if rows else ["subject"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        text = stream.getvalue()
+    if out is not None:
+        out.write_text(text)
+        typer.echo(f"{len(rows)} rows written to {out}", err=True)
+    else:
+        typer.echo(text, nl=False)
+
+
+_RESULTS = (
+    "cycles",
+    "microseconds",
+    "tokens_per_second",
+    "utilization",
+    "sram_bytes_per_core",
+    "fits",
+)
 
 
 @app.command("validate")
@@ -228,23 +387,32 @@ def validate_command(
 
 @app.command("report")
 def report_command(
-    model: Annotated[str, typer.Option(help="A preset, llama3-8b or qwen2-72b.")],
+    model: _Model,
     grid: _Grid,
     out: Annotated[Path, typer.Option(help="HTML file to write.")],
-    context: Annotated[int, typer.Option(min=1)] = 2048,
+    spec: _Spec = "wse2",
+    mode: _Mode = "decode",
+    parallel: _Parallel = "tensor",
+    batch: Annotated[int, typer.Option(min=1, help="Requests or sequences at once.")] = 1,
+    context: _Context = 2048,
 ) -> None:
-    """One HTML file: decode by phase, beside prefill, the other machine, a smaller grid."""
-    from .model import estimate
-    from .spec import WSE2, WSE3
+    """One HTML file: phases, cores, timeline, and what-if tables, with nothing to load.
 
-    config, (rows, columns) = _config(model), _pair("grid", grid)
-    report = estimate(config, spec=WSE2, grid=(rows, columns), context=context)
-    others = [
-        estimate(config, spec=WSE3, grid=(rows, columns), context=context),
-        estimate(config, spec=WSE2, grid=(rows, columns), context=context, mode="prefill"),
+    \b
+    cgpt-kernels wafer report --model cerebras-gpt-13b --grid 660x660 --out report.html
+    """
+    from .model import MODES, estimate
+    from .spec import preset
+    from .whatif import of_estimate
+
+    config, sides, machine = _config(model), _pair("grid", grid), preset(spec)
+    options = {"mode": mode, "parallel": parallel, "batch": batch, "context": context}
+    report = estimate(config, spec=machine, grid=sides, **options)
+    answers = of_estimate(config, sides, machine, **options)
+    others = [other for other in MODES if other != mode]
+    answers["Other modes"] = [
+        estimate(config, spec=machine, grid=sides, **options | {"mode": m}) for m in others
     ]
-    if min(rows, columns) > 1:
-        half = (rows // 2, columns // 2)
-        others.append(estimate(config, spec=WSE2, grid=half, context=context))
-    report.save_html(out, compare=others)
+    report.what = f"{model}: {report.what}"
+    report.save_html(out, compare=answers)
     typer.echo(f"written to {out}", err=True)

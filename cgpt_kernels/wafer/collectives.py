@@ -393,7 +393,9 @@ def from_run(what: str, done: Run) -> Report:
     cycles = done.cycles
     phases = dict(zip(program.phases, map(float, done.phases[last]), strict=True))
     phases = {k: v for k, v in phases.items() if v}
-    busy = done["compute"] + done["fabric"]
+    compute = done["compute"]
+    # words go two and more at a time, beside no computation: never more cycles than that leaves
+    communication = np.minimum(done["fabric"], cycles - compute)
     report = Report(
         what,
         spec,
@@ -407,13 +409,13 @@ def from_run(what: str, done: Run) -> Report:
         peak_sram_bytes=4 * program.words + spec.code_bytes + spec.stack_bytes,
         peak_macs_per_cycle=spec.rates["fmacs"],
         maps={
-            "compute": done["compute"],
-            "communication": done["fabric"],
-            "idle": cycles - busy,
+            "compute": compute,
+            "communication": communication,
+            "idle": cycles - compute - communication,
             "hops": done["hops"],
-            "SRAM": np.full(busy.shape, 4 * program.words),
         },
     )
+    report.maps["SRAM"] = np.full(compute.shape, report.peak_sram_bytes)
     report.result = done.memory
     if done.log is not None:
         report.timeline = timeline(done)

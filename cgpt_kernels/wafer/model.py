@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from .. import checks
-from .phases import allreduce, cycles, local
+from .phases import allreduce, cycles, local, per_core
 from .report import Report
 from .spec import WSE2, WaferSpec
 from .strips import product
@@ -300,7 +302,7 @@ def estimate(
             raise ValueError(f"{op}: grid {grid} is too small for {stages} stages of a pipeline")
         layers_here = 1
         notes.append(f"{stages} stages of {sides[0]} x {sides[1]} cores")
-    parts = 1
+    parts, maps, traffic = 1, {}, (0, 0)
     if parallel == "sequence":
         parts = max(1, min(rows, columns) // max(1, min(rows, columns) // 4))
         sides = (rows // parts, columns)
@@ -310,6 +312,17 @@ def estimate(
         shape = _share(context, parts)
         phases = decode_phases(spec, b, *sides, shape, batch)
         one, by_name = cycles(spec, *sides, phases, groups)
+        moved = per_core(spec, *sides, phases, groups)
+        software = by_name["call of collectives"]
+        compute = sum(p.cycles for p in phases if p.axis is None) - software
+        maps = {
+            "compute": np.full(sides, round(compute)),
+            "communication": moved["fabric"] + round(software),
+            "idle": one - round(compute) - round(software) - moved["fabric"],
+            "hops": moved["hops"],
+        }
+        traffic = tuple(parts * b.n_layer * int(moved[name].sum()) for name in ("sent", "hops"))
+        notes.append("maps of the cores: one block" + (", one group" if parts > 1 else ""))
         if parts > 1:
             # partial maxima, sums and outputs of the groups meet along a ring of P/parts hops each
             merge = parts * (sides[0] * spec.hop + 2 * _halves(_share(b.n_embd, columns)) + 16)
@@ -376,10 +389,13 @@ def estimate(
         columns,
         total,
         phases,
-        macs=work,
+        macs=round(work),
+        words=traffic[0],
+        hops=traffic[1],
         peak_sram_bytes=need,
         tokens=tokens,
         peak_macs_per_cycle=spec.rates["fmach"],
+        maps=maps | {"SRAM": np.full(sides, need)} if maps else {},
         notes=notes,
     )
     limit = spec.sram_bytes - spec.sram_reserved

@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
+
 from .collectives import Flood, Reduce
 from .engine import Run, run
 from .program import Code, Program, at
@@ -116,16 +118,26 @@ def whole(spec, rows, columns, phases, groups=None) -> Run:
 
 
 @functools.lru_cache(256)
+def _line(spec, axis: str, length: int, phases: tuple[Phase, ...], groups: int | None) -> Run:
+    """One row (axis x) or column of the grid through its own phases."""
+    shape = (1, length) if axis == "x" else (length, 1)
+    return run(build(spec, *shape, phases, groups))
+
+
+def _lines(spec, rows, columns, phases, groups):
+    """(axis, run) of the representative row and column; none where nothing moves."""
+    for axis, length in (("x", columns), ("y", rows)):
+        chosen = tuple(p for p in phases if p.axis == axis)
+        if chosen and length > 1:
+            yield axis, _line(spec, axis, length, chosen, groups)
+
+
 def cycles(
     spec: WaferSpec, rows: int, columns: int, phases: tuple[Phase, ...], groups: int | None = None
 ) -> tuple[int, dict[str, float]]:
     """Cycles of the whole grid and of each phase, from one row and one column."""
     total, by_name = 0, {phase.name: 0.0 for phase in phases}
-    for axis, shape in (("x", (1, columns)), ("y", (rows, 1))):
-        chosen = tuple(p for p in phases if p.axis == axis)
-        if not chosen or max(shape) == 1:
-            continue
-        done = run(build(spec, *shape, chosen, groups))
+    for _, done in _lines(spec, rows, columns, phases, groups):
         total += done.cycles
         last = done["finish"].reshape(-1).argmax()
         times = done.phases.reshape(-1, len(done.program.phases))[last]
@@ -136,3 +148,14 @@ def cycles(
             total += phase.cycles
             by_name[phase.name] += phase.cycles
     return total, by_name
+
+
+def per_core(
+    spec: WaferSpec, rows: int, columns: int, phases: tuple[Phase, ...], groups: int | None = None
+) -> dict[str, np.ndarray]:
+    """Statistics of the engine for all cores [rows, columns]: those of its row and its column."""
+    found = {name: np.zeros((rows, columns), np.int64) for name in ("fabric", "sent", "hops")}
+    for _, done in _lines(spec, rows, columns, phases, groups):
+        for name, values in found.items():
+            values += done[name]  # [1, columns] or [rows, 1]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,31 +117,43 @@ class Report:
 
         heatmap(self, path)
 
-    def save_html(self, path: str | Path, *, compare: list[Report] = ()) -> None:
-        """One self-contained HTML file; `compare` fills its what-if table."""
+    def save_html(
+        self, path: str | Path, *, compare: Sequence[Report] | Mapping[str, Sequence[Report]] = ()
+    ) -> None:
+        """One self-contained HTML file; `compare` fills its what-if tables, by question."""
         from .pictures import html
 
-        Path(path).write_text(html(self, list(compare)))
+        Path(path).write_text(html(self, compare))
 
 
 def trace_events(report: Report) -> dict:
-    """The timeline as trace events; phases in sequence where no cores were simulated."""
-    events, rows = [], {}
+    """The timeline in the trace event format, which Perfetto reads: a core is a process.
+
+    Complete events ("X") for instructions, metadata ("M") for names. Where no cores were simulated
+    the phases follow one another.
+    """
     timeline = report.timeline
     if not timeline:
         start = 0
         for name, cycles in report.phases.items():
-            timeline = [*timeline, (report.what, 0, name, start, start + int(cycles))]
-            start += int(cycles)
+            timeline = [*timeline, (report.what, 0, name, start, start + round(cycles))]
+            start += round(cycles)
+    events, processes, threads = [], {}, set()
+
+    def name_of(what: str, pid: int, tid: int, name: str):
+        events.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}})
+
     for process, thread, name, start, end in timeline:
-        if process not in rows:
-            rows[process] = len(rows) + 1
-            events.append(
-                {"ph": "M", "pid": rows[process], "name": "process_name", "args": {"name": process}}
-            )
+        pid = processes.setdefault(process, len(processes) + 1)
+        if (pid, thread) not in threads:
+            if not any(seen == pid for seen, _ in threads):
+                name_of("process_name", pid, thread, process)
+            threads.add((pid, thread))
+            micro = report.timeline and thread < report.spec.microthreads
+            name_of("thread_name", pid, thread, f"microthread {thread}" if micro else "main thread")
         events.append(
-            {"ph": "X", "pid": rows[process], "tid": thread, "name": name, "ts": start,
-             "dur": max(end - start, 1), "cat": "wafer"}
+            {"ph": "X", "cat": "wafer", "name": name, "pid": pid, "tid": thread, "ts": start,
+             "dur": end - start}
         )  # fmt: skip
     return {
         "traceEvents": events,
