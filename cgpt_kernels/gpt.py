@@ -334,14 +334,20 @@ class GPT(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """What the LM head reads: the last layer norm's output times logits_scale, [B, S, C]."""
+        """What the LM head reads: the last layer norm's output times logits_scale, [B, S, C].
+
+        rows: wte(input_ids) where the caller has looked them up.
+        """
         past = 0 if cache is None else cache.length
         self._check_inputs(input_ids, attention_mask, past, cache)
         S = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + S, device=input_ids.device)
-        x = self.transformer.wte(input_ids) + self.transformer.wpe(position_ids)  # B S C
+        if rows is None:
+            rows = self.transformer.wte(input_ids)
+        x = rows + self.transformer.wpe(position_ids)  # B S C
         if self.config.mup_embeddings_scale != 1.0:
             x = x * self.config.mup_embeddings_scale
         x = drop(x, self.config.embd_pdrop, self.training)

@@ -13,7 +13,6 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2MLP,
     GPT2Attention,
     GPT2Block,
-    GPT2LMHeadModel,
     GPT2Model,
 )
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from cgpt_kernels.replace.hf import (
     implementation,
     update_cache,
 )
+from cgpt_kernels.replace.hf_gpt2_head import FusedGPT2LMHeadModel
 from cgpt_kernels.replace.packing import Packable
 from cgpt_kernels.replace.swap import (
     Product,
@@ -216,7 +216,7 @@ def _hidden(mlp, x: Tensor, backend: str) -> Tensor:
 
 def decoder_parts(model) -> decoder.Parts | None:
     """What a decoder of this model is made of; None where only the modules can run it."""
-    if not plain(model, GPT2LMHeadModel) or not plain(model.transformer, GPT2Model):
+    if not plain(model, FusedGPT2LMHeadModel) or not plain(model.transformer, GPT2Model):
         return None
     top, head = model.transformer._modules, model._modules["lm_head"]
     wte, wpe = table(top["wte"]), table(top["wpe"])
@@ -264,5 +264,6 @@ def _decoder_layer(block, kind: str) -> decoder.Layer | None:
 
 
 CLASSES = {
-    cls.original(): cls for cls in (FusedConv1D, FusedGPT2Attention, FusedGPT2MLP, FusedGPT2Block)
+    cls.original(): cls
+    for cls in (FusedConv1D, FusedGPT2Attention, FusedGPT2MLP, FusedGPT2Block, FusedGPT2LMHeadModel)
 }

@@ -101,15 +101,20 @@ def current(module: nn.Module, weight: Tensor) -> PackedWeight | None:
         return copy.weight
     if _fingerprint is None or weight.is_inference():  # inference tensors count no versions
         return None
-    # The fingerprint, of elements all over the weight, tells changes through .data, which count
-    # no version either.
-    key = (weight.data_ptr(), weight._version, _fingerprint(weight), module.quantize)
+    key = (*state_of(weight), module.quantize)
     if copy is None or copy.key != key:
         made = None
         if weight.dtype in backends.KERNEL_DTYPES and (module.quantize or _room_for(weight)):
             made = pack_weight(weight, module.quantize, weight_layout=module.weight_layout)
         copy = module.packed_copy = Copy(made, key)
     return copy.weight
+
+
+def state_of(weight: Tensor) -> tuple:
+    """What differs once the weight has changed. The fingerprint, of elements all over the weight,
+    tells changes through .data, which count no version."""
+    seen = _fingerprint(weight) if _fingerprint is not None and weight.is_cpu else None
+    return weight.data_ptr(), weight._version, seen
 
 
 def _room_for(weight: Tensor) -> bool:

@@ -5,12 +5,10 @@ B batch, S new tokens, T all tokens, C width, H heads, D = C / H.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from cgpt_kernels import backends, decoder, ops
+from cgpt_kernels import decoder, ops
 from cgpt_kernels.gpt import ACTIVATIONS, GPT, MLP, Block, CausalSelfAttention, drop
-from cgpt_kernels.replace.packing import given_up
 from cgpt_kernels.replace.swap import (
     Replaced,
     decoder_kind,
@@ -26,6 +24,7 @@ from cgpt_kernels.replace.swap import (
     projection,
     table,
 )
+from cgpt_kernels.replace.tied import look_up, readable_head
 from cgpt_kernels.replace.torch_nn import FusedLayerNorm, FusedLinear
 
 _ACTIVATION_NAMES = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
@@ -74,19 +73,32 @@ class FusedBlock(Block, Replaced):
 class FusedGPT(GPT, Replaced):
     """The loss is taken without the logits, where the head may be read past its __call__."""
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        targets: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        wb = None if targets is None else readable_head(self)
+        if wb is None:
+            return super().forward(input_ids, targets=targets, last_only=last_only, **given)
+        self._check_inputs(input_ids, attention_mask, 0 if cache is None else cache.length, cache)
+        weight, bias = wb
+        rows, weight = look_up(self.transformer["wte"], input_ids, weight) or (None, weight)
+        x = self.hidden_states(input_ids, rows=rows, **given)
+        return ops.linear_cross_entropy(x, weight, targets, bias, backend=self.kernel_backend)
+
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        head, backend = self._modules["lm_head"], self.kernel_backend
-        wb = operands(head, FusedLinear)
-        if wb is None or head.quantize is not None or given_up(head) or not _has_loss(backend):
+        wb = readable_head(self)
+        if wb is None:
             return super().loss(x, targets)
         weight, bias = wb
-        return ops.linear_cross_entropy(x, weight, targets, bias, backend=backend)
-
-
-@torch.compiler.assume_constant_result
-def _has_loss(backend: str) -> bool:
-    op = "linear_cross_entropy"
-    return backend in ("auto", "eager") or backends.implementation(op, backend)[0] is not None
+        return ops.linear_cross_entropy(x, weight, targets, bias, backend=self.kernel_backend)
 
 
 def _project_add(part, x: Tensor, residual: Tensor, backend: str) -> tuple[Tensor, bool]:
