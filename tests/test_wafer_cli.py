@@ -15,6 +15,7 @@ import cgpt_kernels as ck
 from cgpt_kernels.cli import app
 from cgpt_kernels.wafer import document
 from cgpt_kernels.wafer.collectives import simulate
+from cgpt_kernels.wafer.ops import gemm_report
 from cgpt_kernels.wafer.report import trace_events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,10 +62,21 @@ def test_estimate_prints_phases_and_whether_it_fits():
 
 
 def test_gemm_sets_algorithms_side_by_side(tmp_path):
-    file = tmp_path / "gemm.html"
-    text = wafer("gemm", "--size", "128x96x64", "--grid", "8x8", "--html", file)
+    file, trace, png = tmp_path / "gemm.html", tmp_path / "gemm.json", tmp_path / "gemm.png"
+    text = wafer("gemm", "--size", "64x48x32", "--grid", "4x4", "--html", file, "--trace", trace,
+                 "--heatmap", png)  # fmt: skip
     assert all(name in text for name in ("summa", "cannon", "mesh"))
-    assert page(file).tags.count("figure") == 5
+    found = page(file)
+    assert found.tags.count("figure") == 5 and "px 3, py 3" in file.read_text()
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 100
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_maps_of_products_are_shares_of_the_time():
+    for algorithm in ("summa", "cannon", "mesh"):
+        maps = gemm_report(24, 18, 30, 2, (6, 6), algorithm, ck.wafer.WSE2).maps
+        busy = maps["compute"] + maps["communication"] + maps["idle"]
+        assert (busy == busy[0, 0]).all() and min(m.min() for m in maps.values()) >= 0
 
 
 def test_collective_writes_trace_picture_and_page(tmp_path):

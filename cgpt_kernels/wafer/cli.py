@@ -75,12 +75,25 @@ def _config(model: str):
         raise ValueError(f"{error}, {', '.join(shapes)}") from None
 
 
-def _show(report: Report, as_json: bool, html: Path | None = None, what_if=dict) -> None:
-    """Prints the report; what_if() is asked for the page's tables only where one is written."""
-    typer.echo(report.to_json() if as_json else str(report))
+def _save(report: Report, trace, heatmap, html, what_if) -> None:
+    """The files asked for; what_if() is called only where a page is written."""
+    if trace is not None:
+        report.save_trace(trace)
+    if heatmap is not None:
+        report.save_heatmap(heatmap)
     if html is not None:
         report.save_html(html, compare=what_if())
-        typer.echo(f"written to {html}", err=True)
+    for path in filter(None, (trace, heatmap, html)):
+        typer.echo(f"written to {path}", err=True)
+
+
+_Trace = Annotated[
+    Path | None, typer.Option(help="Write a trace for ui.perfetto.dev, a microsecond per cycle.")
+]
+_Heatmap = Annotated[
+    Path | None, typer.Option(help="Write a PNG: compute, communication, idle, memory by core.")
+]
+LOGGED = 200_000  # events of simulated cores at most, for traces and timelines
 
 
 @app.callback()
@@ -123,6 +136,8 @@ def estimate_command(
     ] = None,
     density: Annotated[float, typer.Option(help="Share of nonzero weights (streaming).")] = 1.0,
     as_json: _Json = False,
+    trace: _Trace = None,
+    heatmap: _Heatmap = None,
     html: _Html = None,
 ) -> None:
     """Cycles of a whole model by phase, and whether it fits.
@@ -141,7 +156,8 @@ def estimate_command(
     config, sides, machine = _config(model), _pair("grid", grid), preset(spec)
     report = estimate(config, spec=machine, grid=sides, **options)
     report.what = f"{model}: {report.what}"
-    _show(report, as_json, html, lambda: of_estimate(config, sides, machine, **options))
+    typer.echo(report.to_json() if as_json else str(report))
+    _save(report, trace, heatmap, html, lambda: of_estimate(config, sides, machine, **options))
 
 
 @app.command("gemm")
@@ -157,6 +173,8 @@ def gemm_command(
     ] = False,
     spec: _Spec = "wse2",
     as_json: _Json = False,
+    trace: _Trace = None,
+    heatmap: _Heatmap = None,
     html: _Html = None,
 ) -> None:
     """Cycles of a product, one algorithm or all side by side.
@@ -181,17 +199,16 @@ def gemm_command(
     machine.check_grid("wafer", rows, columns)
     itemsize = 2 if dtype == "fp16" else 4
     names = ALGORITHMS if algorithm == "all" else (algorithm,)
-    reports = [gemm_report(M, K, N, itemsize, (rows, columns), name, machine) for name in names]
+    log = LOGGED if trace or html else 0
+    sizes = (M, K, N, itemsize, (rows, columns))
+    reports = [gemm_report(*sizes, name, machine, log) for name in names]
     if transposed_b:
         reports.append(transposed_report(M, K, N, itemsize, (rows, columns), machine))
     if as_json:
         typer.echo(json.dumps([r.to_dict() for r in reports], indent=1))
     else:
         typer.echo("\n".join(map(str, reports)))
-    if html is not None:
-        answers = of_gemm(M, K, N, itemsize, (rows, columns), names[0], machine)
-        reports[0].save_html(html, compare=answers)
-        typer.echo(f"written to {html}", err=True)
+    _save(reports[0], trace, heatmap, html, lambda: of_gemm(*sizes, names[0], machine))
 
 
 @app.command("collective")
@@ -214,8 +231,8 @@ def collective_command(
     ] = None,
     spec: _Spec = "wse2",
     as_json: _Json = False,
-    trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace.")] = None,
-    heatmap: Annotated[Path | None, typer.Option(help="Write a PNG of the cores.")] = None,
+    trace: _Trace = None,
+    heatmap: _Heatmap = None,
     html: _Html = None,
 ) -> None:
     """Simulate one collective, wavelet by wavelet.
@@ -231,16 +248,13 @@ def collective_command(
     from .spec import preset
     from .whatif import of_collective
 
-    log = 200_000 if trace or html else 0
+    log = LOGGED if trace or html else 0
     sides, machine = _pair("shape", shape), preset(spec)
     report, _ = simulate(kind, algorithm, sides, words, machine, relay, groups, log=log)
-    if trace is not None:
-        report.save_trace(trace)
-    if heatmap is not None:
-        report.save_heatmap(heatmap)
+    typer.echo(report.to_json() if as_json else str(report))
     chosen = report.what.split()[1].rstrip(",")
-    _show(report, as_json, html, lambda: of_collective(
-        kind, chosen, sides, words, machine, relay, groups))  # fmt: skip
+    arguments = (kind, chosen, sides, words, machine, relay, groups)
+    _save(report, trace, heatmap, html, lambda: of_collective(*arguments))
 
 
 def _list(text: str | None, default: str = "") -> list[str]:

@@ -129,8 +129,8 @@ def _product(x, weight, bias, residual, y, activation, kn, P):
         )
 
 
-def gemm_report(M, K, N, itemsize, grid, algorithm, spec) -> Report:
-    """Cycles of a product; simulated core by core where the grid is small.
+def gemm_report(M, K, N, itemsize, grid, algorithm, spec, log: int = 0) -> Report:
+    """Cycles of a product; simulated core by core where the grid is small: `log` events then.
 
     K is cut into as many panels as the longer side has cores; cores of the shorter side own several
     panels.
@@ -142,7 +142,7 @@ def gemm_report(M, K, N, itemsize, grid, algorithm, spec) -> Report:
     _fits("wafer.gemm", spec, words)
     name = f"gemm {M} x {K} x {N}, {algorithm}"
     if P <= SIMULATED and P**3 * (tiles.a + tiles.b) < 300_000:
-        report = from_run(name, run(build(spec, rows, columns, algorithm, tiles)))
+        report = from_run(name, run(build(spec, rows, columns, algorithm, tiles), log=log))
         report.macs = M * K * N  # padding is not counted
     else:
         total, compute = strips.product(spec, rows, columns, algorithm, tiles)
