@@ -127,6 +127,30 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
         _REDUCE,
     )
     row(
+        "all-reduce by a chain and a flood, P = 512, B = 256",
+        "formula",
+        formula("allreduce", "chain", 512, 256),
+        lambda: collective("allreduce", "chain", shape=(1, 512), words=256).cycles,
+        "cycles",
+        _REDUCE,
+    )
+    row(
+        "broadcast, 64 x 48, B = 256",
+        "formula",
+        256 + 64 + 48 - 2 + 2 * WSE2.ramp + 1,
+        lambda: collective("broadcast", shape=(64, 48), words=256).cycles,
+        "cycles",
+        _REDUCE,
+    )
+    row(
+        "reduce by chains, 32 x 48, B = 256: two of one dimension",
+        "formula",
+        formula("reduce", "chain", 48, 256) + formula("reduce", "chain", 32, 256),
+        lambda: collective("reduce", "chain", shape=(32, 48), words=256).cycles,
+        "cycles",
+        _REDUCE,
+    )
+    row(
         "ring all-reduce, P = 64, B = 4096",
         "formula",
         formula("allreduce", "ring", 64, 4096),
