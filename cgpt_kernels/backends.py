@@ -99,9 +99,18 @@ def _interpreted() -> bool:
     return importlib.import_module("cgpt_kernels.triton_substrate.device").INTERPRETED
 
 
-# (op, backend) -> `unsupported` of the backend's file: (the call's tensors) -> reason or None.
-# A plain dict, filled when the file is imported: torch.compile looks into it.
-_LIMITS: dict[tuple[str, str], Callable] = {}
+# backend -> op -> `unsupported` of the backend's file: (the call's tensors) -> reason or None.
+# Plain dicts, because torch.compile looks into them; it does so once for all ops of a graph, so
+# those of a backend are there before the first of its ops is.
+_LIMITS: dict[str, dict[str, Callable]] = {"cuda": {}, "triton": {}, "wafer": {}}
+
+
+@functools.cache
+def _find_limits(backend: str) -> None:
+    for op, folder in ((op.name, op.folder) for op in OPS.values()):
+        limits = _beside(folder, "unsupported", backend)
+        if limits is not None:
+            _LIMITS[backend][op] = limits
 
 
 @torch.compiler.assume_constant_result  # what is built and installed: nothing to trace or to guard
@@ -112,6 +121,7 @@ def _missing(op: str, backend: str) -> str | None:
 @functools.cache
 def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
     """The forward function of a compiled backend, or None and the reason it is missing."""
+    backend = backend.partition(":")[0]
     folder, kernel = OPS[op].folder, OPS[op].kernel
     if backend in ("cpu", "cuda"):
         name = kernel if backend == "cpu" else f"{kernel}_cuda"
@@ -120,9 +130,8 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
             return None, _C_REASON
         found = getattr(module, name, None)
         if found is not None:
-            limits = _beside(folder, "unsupported") if backend == "cuda" else None
-            if limits is not None:
-                _LIMITS[op, backend] = limits
+            if backend == "cuda":
+                _find_limits(backend)
             # A kernel that works in memory of the caller's has a function that allocates it.
             return (backend == "cuda" and _beside(folder, kernel)) or found, None
         if module is _C and backend == "cuda" and not _C.cuda_built():
@@ -134,10 +143,8 @@ def implementation(op: str, backend: str) -> tuple[Callable | None, str | None]:
         return None, f"no file ops/{folder}/{folder}_{backend}.py"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return None, "triton is not installed: pip install 'cgpt-kernels[triton]'"
-    file = importlib.import_module(module)
-    if hasattr(file, "unsupported"):
-        _LIMITS[op, backend] = file.unsupported
-    found = getattr(file, kernel, None)
+    _find_limits(backend)
+    found = getattr(importlib.import_module(module), kernel, None)
     reason = None if found else f"ops/{folder}/{folder}_{backend}.py has no {kernel}"
     return found, reason
 
@@ -147,6 +154,7 @@ def own(op: str, backend: str, name: str) -> Callable | None:
     """A function that a backend's Python file may offer beside its forward, such as the backward;
     None where it does not, and the op's plain torch operations serve."""
     forward, _ = implementation(op, backend)
+    backend = backend.partition(":")[0]
     if forward is None or backend == "cpu":
         return None
     folder = OPS[op].folder
@@ -155,9 +163,9 @@ def own(op: str, backend: str, name: str) -> Callable | None:
     return getattr(importlib.import_module(forward.__module__), name, None)
 
 
-def _beside(folder: str, name: str) -> Callable | None:
-    """A function of ops/<folder>/<folder>_cuda.py, or None without it or the file."""
-    module = f"cgpt_kernels.ops.{folder}.{folder}_cuda"
+def _beside(folder: str, name: str, backend: str = "cuda") -> Callable | None:
+    """A function of ops/<folder>/<folder>_<backend>.py, or None without it or the file."""
+    module = f"cgpt_kernels.ops.{folder}.{folder}_{backend}"
     if importlib.util.find_spec(module) is None:
         return None
     return getattr(importlib.import_module(module), name, None)
@@ -166,6 +174,21 @@ def _beside(folder: str, name: str) -> Callable | None:
 def cuda_kernels():
     """The module whose functions `<kernel>_cuda` the files ops/<op>/<op>_cuda.py call."""
     return _CUDA_HOST or _C
+
+
+@torch.compiler.assume_constant_result
+def traced(backend: str) -> str:
+    """A backend as a graph of torch.compile names it: kernels that lie open in the graph go into
+    torch's caches on disk, so their name carries a hash of what they are made of. Where the
+    interpreter runs them, or another backend's code does, the graph holds a call."""
+    if backend != "triton" or _interpreted():
+        return backend
+    return f"triton:{importlib.import_module('cgpt_kernels.triton_substrate.launch').fingerprint()}"
+
+
+def is_traced(backend: str) -> bool:
+    """Whether `traced` named it."""
+    return backend.startswith("triton:")
 
 
 def runnable(op: str, device: str) -> list[str]:
@@ -205,7 +228,7 @@ def why_not(op: str, backend: str, tensors: tuple) -> str | None:
             f"{first} is {checks.name_of(x.dtype)}, "
             f"it takes {checks.one_of(map(checks.name_of, what.dtypes))}"
         )
-    limits = _LIMITS.get((op, backend))
+    limits = _LIMITS.get(backend, {}).get(op)
     return limits(*tensors) if limits else None
 
 

@@ -209,6 +209,26 @@ def test_expanded_leading_dimensions(shape, backend):
         assert torch.equal(call(x), call(whole))
 
 
+WRITTEN = [
+    LayerNormCase(name="batch", rows=(2, 3), C=8, why=""),
+    AddLayerNormCase(name="batch", rows=(2, 3), C=8, why=""),
+    GemmCase(name="batch", M=(2, 3), N=8, K=4, activation="gelu", why=""),
+]  # attention's is needed for its gradients
+
+
+@on_backends(WRITTEN)
+def test_outputs_may_be_written_into(case, backend):
+    inputs = inputs_for(case, backend, torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in differentiable(inputs)]
+    grads = []
+    for write in (False, True):
+        out = registry.FUNCTIONS[case.op](**inputs, backend=backend)
+        out = out[0] if isinstance(out, tuple) else out
+        out = out.add_(1) if write else out
+        grads.append(torch.autograd.grad(out.sum(), leaves))
+    assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_layer_norm_takes_weight_and_bias_of_different_dtypes(backend):
     case = LayerNormCase(name="mixed", rows=(3,), C=24, why="")

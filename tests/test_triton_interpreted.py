@@ -3,8 +3,15 @@
 Run with TRITON_INTERPRET=1; Triton reads it once, so these tests need a process of their own.
 """
 
+import functools
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops import triton_kernel_wrap
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch.library import wrap_triton
 
 import cgpt_kernels as ck
 from cgpt_kernels import backends, ops
@@ -19,11 +26,14 @@ if "triton" not in backends.runnable("layer_norm", "cpu"):
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from cgpt_kernels.ops.attention import attention_triton
 from cgpt_kernels.ops.attention.triton_call import halves, threshold
 from cgpt_kernels.ops.attention.triton_tile import keep_tile, seed_of
 from cgpt_kernels.ops.cross_entropy import cross_entropy_triton
+from cgpt_kernels.triton_substrate import launch
+from tests.triton_writes import writes
 
 START = tl.constexpr(2**34 - 4)  # the element index passes 32 bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,6 +116,66 @@ def test_torch_compile_takes_every_op_whole():
         torch.autograd.grad(found, leaves), torch.autograd.grad(wanted, leaves), strict=True
     ):
         assert torch.equal(g, w)
+
+
+class Traced(JITFunction):
+    """A kernel as torch.compile takes it into a graph, which the interpreter runs."""
+
+    def __init__(self, interpreted):
+        super().__init__(interpreted.fn)
+        self.interpreted = interpreted
+
+    cache_key = "interpreted"
+    __hash__ = object.__hash__
+
+    def run(self, *args, grid, warmup, **options):
+        return self.interpreted[grid](*args, **options)
+
+
+@functools.cache
+def traced_kernel(interpreted):
+    return Traced(interpreted)
+
+
+def test_a_graph_that_holds_the_kernels_gives_the_bits_of_eager(monkeypatch):
+    """What torch.compile makes for a GPU, run here: the order of kernels and what they write."""
+
+    def mutated(index, _, arguments, __):  # torch's own look into a kernel needs the compiler
+        kernel = kernel_side_table.get_kernel(index).fn  # in an Autotuner of one configuration
+        return sorted(
+            writes(kernel.__name__, {k: v for k, v in arguments.items() if v is not None})
+        )
+
+    def block(x, gain, weight, bias):
+        x, s = ops.add_layer_norm(x, x, gain, bias, backend="triton")
+        x = ops.gemm(x, weight, bias, activation="gelu", residual=s, backend="triton")
+        heads = x.view(2, 3, 2, 8).transpose(1, 2)
+        x = ops.attention(heads, heads, heads, dropout_p=0.2, seed=5, backend="triton")
+        x = x.transpose(1, 2).reshape(2, 3, 16)
+        target = torch.arange(6).view(2, 3)
+        return ops.linear_cross_entropy(x, weight, target, bias, backend="triton")
+
+    shapes = (2, 3, 16), (16,), (16, 16), (16,)
+    leaves = [torch.randn(*shape).requires_grad_() for shape in shapes]
+    wanted = block(*leaves)
+    wanted = wanted, *torch.autograd.grad(wanted, leaves)
+    monkeypatch.setattr(
+        backends, "traced", torch.compiler.assume_constant_result(lambda b: f"{b}:")
+    )
+    monkeypatch.setattr(launch, "wrap_triton", lambda kernel: wrap_triton(traced_kernel(kernel)))
+    monkeypatch.setattr(triton_kernel_wrap, "get_mutated_tensors", mutated)
+    seen = []
+
+    def compiler(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    found = torch.compile(block, backend=backend, fullgraph=True)(*leaves)
+    found = found, *torch.autograd.grad(found, leaves)
+    assert sum("triton_kernel_wrapper" in name for name in seen) == 18
+    assert not any("cgpt" in name for name in seen)
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_the_shipped_model_generates_the_same_tokens():

@@ -3,6 +3,9 @@
 lean      plain tensors in plain eager, nothing needs a gradient: allocate, call, return.
 function  the same with gradients: a torch.autograd.Function around the same forward.
 library   anything else (torch.compile, export, modes, subclasses, autocast): `torch.ops.cgpt.<op>`.
+
+torch.compile keeps an op as one node of its graph, but for backend "triton": there the op is
+replaced by what its implementation does, so that the graph holds the kernels themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -66,7 +71,8 @@ def choose(op: str, requested: str, tensors: tuple) -> str:
     """backends.resolve, and eager where nothing but plain torch operations works."""
     reason = _beyond_kernels(tensors)
     if reason is None:
-        return backends.resolve(op, requested, tensors)
+        chosen = backends.resolve(op, requested, tensors)
+        return backends.traced(chosen) if is_compiling() else chosen
     if requested not in ("auto", "eager"):
         raise ValueError(
             f"{op}: backend {requested!r} cannot run: {reason}. Available here: eager."
@@ -140,6 +146,9 @@ def with_numpy(function: Callable, *args, **options):
 # ---- torch.library ------------------------------------------------------------------------------
 
 _library = torch.library.Library("cgpt", "DEF")
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+# What ops take beside tensors.
+_VALUES = frozenset({type(None), float, int, bool, str, tuple, list})
 
 
 def define(
@@ -150,7 +159,7 @@ def define(
     backward: Callable | None = None,
     save: Callable | None = None,
     autocast: Callable | None = None,
-) -> None:
+) -> Callable:
     """Register `cgpt::<schema>`.
 
     Args:
@@ -160,11 +169,21 @@ def define(
             Without them the op refuses to be differentiated.
         autocast: maps the op's arguments to those cast for the active autocast dtype:
             (device_type, *args) -> args.
+    Returns:
+        The op to call, with its arguments in their order: torch.ops.cgpt.<name>, past torch's
+        dispatcher where nothing would listen to it.
     """
     name = schema.split("(")[0]
+
+    def fresh(*args):
+        # Outputs given their shape by view() are fresh memory, and no views to autograd, which
+        # would refuse to write into them.
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            return run(*args)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, fresh, key)
     torch.library.register_fake(f"cgpt::{name}", fake, lib=_library)
 
     def refuse(ctx, *grads):
@@ -175,13 +194,46 @@ def define(
     torch.library.register_autograd(
         f"cgpt::{name}", backward or refuse, setup_context=save, lib=_library
     )
-    if autocast is None:
-        return
+
+    def in_graph(mode, op, types, args, kwargs):
+        if not backends.is_traced(args[-1]) or not functorch_config.decompose_custom_triton_ops:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return run(*args)
+
+    torch.library.register_torch_dispatch(
+        f"cgpt::{name}", FunctionalTensorMode, in_graph, lib=_library
+    )
+    library = getattr(torch.ops.cgpt, name)
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        if autocast is None:
+            break
 
         def cast_and_call(*args, device_type=device_type):
             args = autocast(device_type, *args)
             with torch.autocast(device_type, enabled=False):
-                return getattr(torch.ops.cgpt, name)(*args)
+                return library(*args)
 
         _library.impl(name, cast_and_call, key)
+    body = {
+        "forward": staticmethod(fresh),
+        "setup_context": staticmethod(save or (lambda ctx, inputs, output: None)),
+        "backward": staticmethod(backward or refuse),
+    }
+    function = type(name, (torch.autograd.Function,), body)
+
+    def call(*args):
+        if not undisturbed():
+            return library(*args)
+        needed = False
+        for arg in args:
+            kind = type(arg)
+            if kind in PLAIN:
+                needed |= arg.requires_grad
+            elif kind not in _VALUES:
+                return library(*args)
+        if needed and torch.is_grad_enabled():
+            return function.apply(*args)
+        return fresh(*args)
+
+    return call

@@ -1,7 +1,8 @@
 """Device functions that more than one op uses, and the facts about Triton that they hide.
 
 Under TRITON_INTERPRET=1, read once when Triton is imported, every kernel runs on CPU tensors, as
-NumPy arrays. The interpreter keeps bf16 as 16-bit integers, and needs two shims for it:
+NumPy arrays, which multiply in an order that depends on how their operands lie (`dot_transposed`).
+The interpreter keeps bf16 as 16-bit integers, and needs two shims for it:
 
 - it multiplies those integers in tl.dot, so `dot` hands it fp32. A product of two bf16 (or fp16)
   values is exact in fp32, and tl.dot adds up in fp32 on a GPU too: only the order of sums differs.
@@ -35,6 +36,22 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_transposed(a, b, PRECISION: tl.constexpr):
+    """a b^T, fp32 [m, n], in the bits of b a^T. a [m, k] and b [n, k] of one dtype.
+
+    On a GPU they are the same sums in the same order. Where exp(logit - maximum) takes one side
+    from the one and the other from the other, the last bit of a logit of 900 is 6e-5 of P.
+    """
+    if _SHIM:
+        zero = tl.zeros([b.shape[0], a.shape[0]], tl.float32)
+        product = tl.trans(dot(b, tl.trans(a), zero, PRECISION))
+    else:
+        zero = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        product = dot(a, tl.trans(b), zero, PRECISION)
+    return product
 
 
 @triton.jit

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from .device import INTERPRETED
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+# What Inductor decides for all kernels alike; its way is the one written here, fused.
+_UNTRACED = ("enable_fp_fusion",)
+_hooks = triton.knobs.runtime
 
 TABLE_PATH = Path(__file__).with_name("launch.json")
 # Compute capabilities with values of their own; others take the nearest one below, if they have as
@@ -31,12 +42,12 @@ def table() -> dict:
     return json.loads(TABLE_PATH.read_text())["kernels"]
 
 
-_pretended = CAPABILITIES[0]
+_pretended: str | None = None
 
 
 @contextlib.contextmanager
 def as_if(capability: str):
-    """Tensors that lie on no GPU (meta tensors, the interpreter's) count as on one of this."""
+    """All tensors count as on a GPU of this capability, be they meta, fake or the interpreter's."""
     global _pretended
     before, _pretended = _pretended, capability
     config.cache_clear()
@@ -49,8 +60,8 @@ def as_if(capability: str):
 
 def capability(device: int | None) -> str:
     """The entry of CAPABILITIES for a device; 8.0 for the interpreter."""
-    if INTERPRETED or device is None:
-        return _pretended
+    if INTERPRETED or device is None or _pretended is not None:
+        return _pretended or CAPABILITIES[0]
     found = torch.cuda.get_device_properties(device)
     if found.shared_memory_per_block_optin < _LARGE_SHARED:
         return CAPABILITIES[0]
@@ -72,17 +83,85 @@ def config(kernel: str, shape_class: str, device: int | None) -> dict[str, int]:
     return chosen | entry.get("interpreter", {}) if INTERPRETED else chosen
 
 
-def on_device(launcher: Callable) -> Callable:
-    """launcher, with the device of its first argument current: Triton launches on that one."""
+@functools.cache
+def fingerprint() -> str:
+    """Of the sources of all Triton kernels and of the table."""
+    package = Path(__file__).parent.parent
+    sources = sorted([*package.glob("triton_substrate/*.*"), *package.glob("ops/*/*triton*.py")])
+    return hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()[:16]
 
-    @functools.wraps(launcher)
-    def run(first, *rest):
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                return launcher(first, *rest)
-        return launcher(first, *rest)
 
-    return run
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; of traced sizes too."""
+    return (a + b - 1) // b
+
+
+# Triton releases whose compiled kernels are launched directly: the interface is not a public one.
+_LEAN = not INTERPRETED and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
+# The last call of a shape that is never seen again would otherwise be kept for ever.
+_MOST = 4096
+_compiled: dict[tuple, tuple] = {}
+
+
+def run(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple,
+    chosen: dict[str, int],
+    free: tuple[int | Tensor, ...] = (),
+) -> None:
+    """kernel[grid](*tensors, *free, *numbers, **chosen) on the device of the first tensor.
+
+    Three ways:
+    lean     on tensors: JITFunction.run looks at every argument to find the compiled kernel, tens
+             of microseconds. Here the numbers themselves, and dtype and alignment of the tensors,
+             find it in one look-up, which is finer than what Triton specialises on.
+    plain    the first time, under hooks (a profiler's), in the interpreter, on another Triton.
+    traced   on tensors of torch.compile: the kernel goes into the graph.
+
+    Args:
+        free: numbers that Triton is told not to specialise on and that change from call to call.
+    """
+    first = tensors[0]
+    if type(first) not in _PLAIN:
+        options = {k: v for k, v in chosen.items() if k not in _UNTRACED}
+        wrap_triton(kernel)[grid](*tensors, *free, *numbers, **options)
+        return
+    device = first.get_device()
+    if first.is_cuda and device != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return run(kernel, grid, tensors, numbers, chosen, free)
+    if not _LEAN or _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
+        kernel[grid](*tensors, *free, *numbers, **chosen)
+        return
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    key = (
+        id(kernel), device, *numbers, *chosen.values(),
+        *[t if t is None else t.dtype for t in tensors],
+        *[p if p is None else p & 15 for p in pointers],
+    )  # fmt: skip
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*tensors, *free, *numbers, **chosen)
+        if isinstance(compiled, CompiledKernel):
+            if len(_compiled) >= _MOST:
+                _compiled.clear()
+            given = len(tensors) + len(free) + len(numbers)
+            rest = [chosen[name] for name in kernel.arg_names[given:]]
+            # compiled itself too: its end would unload the code
+            _compiled[key] = (
+                compiled.run,
+                compiled.function,
+                compiled.packed_metadata,
+                rest,
+                compiled,
+            )
+        return
+    launch, function, metadata, rest, _ = found
+    stream = driver.active.get_current_stream(device)
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    launch(x, y, z, stream, function, metadata, None, None, None, *pointers, *free, *numbers, *rest)
 
 
 def as_text() -> str:

@@ -62,23 +62,23 @@ class MachineCode:
 
 @contextlib.contextmanager
 def _recording(into: list[Launch]) -> Iterator[None]:
-    run, config, asked = JITFunction.run, launch.config, []
+    run, config, asked = launch.run, launch.config, []
 
     def look_up(kernel, shape_class, device):
         asked.append((kernel, shape_class))
         return config(kernel, shape_class, device)
 
-    def note(self, *args, grid, warmup, **kwargs):
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-        names = [p.name for p in self.params]
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        into.append(Launch(self, asked[-1], grid, arguments, options))
+    def note(kernel, grid, tensors, numbers, chosen, free=()):
+        options = {name: value for name, value in chosen.items() if name in _OPTIONS}
+        given = dict(zip(kernel.arg_names, (*tensors, *free, *numbers), strict=False))
+        arguments = given | {k: v for k, v in chosen.items() if k not in options}
+        into.append(Launch(kernel, asked[-1], grid, arguments, options))
 
-    JITFunction.run, launch.config = note, look_up
+    launch.run, launch.config = note, look_up
     try:
         yield
     finally:
-        JITFunction.run, launch.config = run, config
+        launch.run, launch.config = run, config
 
 
 def record(call: Callable[[], object], capability: str) -> list[Launch]:

@@ -111,8 +111,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """
     (M, K), N = a.shape, b.shape[1]
     chosen = launch.config("gemm", shape_class(M, N, a.element_size(), add), a.device.index)
-    tiles = triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"])
-    product_kernel[(tiles,)](
-        a, b, out, M, N, K, *a.stride(), *b.stride(),
-        add, precision(a.dtype), K % chosen["BLOCK_K"] == 0, **chosen,
-    )  # fmt: skip
+    tiles = launch.cdiv(M, chosen["BLOCK_M"]) * launch.cdiv(N, chosen["BLOCK_N"])
+    even = K % chosen["BLOCK_K"] == 0
+    numbers = M, N, K, *a.stride(), *b.stride(), add, precision(a.dtype), even
+    launch.run(product_kernel, (tiles,), (a, b, out), numbers, chosen)

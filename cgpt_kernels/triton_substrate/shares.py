@@ -39,6 +39,5 @@ def add_shares(a: Tensor, out_a: Tensor, b: Tensor | None = None, out_b: Tensor 
     """
     programs, C = a.shape
     chosen = launch.config("add_shares", "any", a.device.index)
-    add_shares_kernel[(triton.cdiv(C, chosen["BLOCK_C"]),)](
-        a, b, out_a, out_b, programs, C, b is not None, **chosen
-    )
+    tensors, numbers = (a, b, out_a, out_b), (programs, C, b is not None)
+    launch.run(add_shares_kernel, (launch.cdiv(C, chosen["BLOCK_C"]),), tensors, numbers, chosen)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...triton_substrate import launch
 from ...triton_substrate.device import LN2, LOG2E, dot, narrow, precision
 from .attention_triton_bwd import attention_bwd  # noqa: F401  (looked up here)
-from .triton_call import WIDEST, bias_kind, halves, natural, shape_class, threshold
+from .triton_call import WIDEST, bias_kind, natural, seed_words, shape_class, threshold
 from .triton_tile import keep_tile, logits_tile, seed_of
 
 # Few queries against more keys than this are cut into chunks.
@@ -86,8 +86,8 @@ def _attend(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def attention_fwd_kernel(
-    q, k, v, padding, bias, slopes, out, lse, part, part_top, part_total,
-    H, S_q, S_k, scale, kept, seed_low, seed_high, threshold,
+    q, k, v, padding, bias, slopes, out, lse, part, part_top, part_total, seed_low, seed_high,
+    H, S_q, S_k, scale, kept, threshold,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     stride_pb, stride_bb, stride_bh, stride_bi, stride_bj,
@@ -205,7 +205,6 @@ def unsupported(q: Tensor, *rest) -> str | None:
     return f"heads are wider than {WIDEST}, got D = {q.shape[3]}" if q.shape[3] > WIDEST else None
 
 
-@launch.on_device
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -218,7 +217,7 @@ def attention_fwd(
     scale: float,
     causal: bool,
     dropout_p: float,
-    seed: int,
+    seed: int | Tensor | None,
 ) -> None:
     """out = dropout(softmax(masked logits)) v; lse where given.
 
@@ -228,6 +227,7 @@ def attention_fwd(
         alibi_slopes: [H], fp32, contiguous.   lse: [B, H, S_q], fp32, contiguous.
     """
     (B, H, S_q, D), S_k = q.shape, k.shape[2]
+    D = int(D)  # a traced size too becomes a constant of the kernel
     if out.numel() == 0:
         return
     few, bias = S_q <= 16, bias_kind(attn_bias)
@@ -236,27 +236,33 @@ def attention_fwd(
         which = f"few queries, {shape_class(q.element_size(), D)}"
     chosen = dict(launch.config("attention_fwd", which, q.device.index))
     chunk = chosen.pop("CHUNK", 0)
-    chunks = -(-S_k // chunk) if few and S_k > MANY_KEYS else 1
+    chunks = launch.cdiv(S_k, chunk) if few and S_k > MANY_KEYS else 1
     part = part_top = part_total = None
     if chunks > 1:
         part = q.new_empty((chunks, B, H, S_q, D), dtype=torch.float32)
-        part_top, part_total = q.new_empty((2, chunks, B, H, S_q), dtype=torch.float32).unbind()
+        # two arrays, not one of twice the size: traced, what writes a view of an array copies it
+        shape = (chunks, B, H, S_q)
+        part_top, part_total = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     base_e, block_d = natural(q, bias), max(16, triton.next_power_of_2(D))
     kept = 1.0 / (1.0 - dropout_p)
-    grid = (-(-S_q // chosen["BLOCK_M"]), B * H, chunks)
-    attention_fwd_kernel[grid](
-        q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, part, part_top, part_total,
-        H, S_q, S_k, scale, kept, *halves(seed), threshold(dropout_p),
+    grid = (launch.cdiv(S_q, chosen["BLOCK_M"]), B * H, chunks)
+    masks = key_padding_mask, attn_bias, alibi_slopes
+    numbers = (
+        H, S_q, S_k, float(scale), kept, threshold(dropout_p),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         0 if key_padding_mask is None else key_padding_mask.stride(0),
         *((0, 0, 0, 0) if attn_bias is None else attn_bias.stride()),
         causal, bias, key_padding_mask is not None, alibi_slopes is not None,
         dropout_p > 0.0, S_k % 4 == 0, base_e, lse is not None,
-        chunks > 1, chunk, precision(q.dtype), D, block_d, **chosen,
+        chunks > 1, chunk, precision(q.dtype), D, block_d,
     )  # fmt: skip
+    tensors = q, k, v, *masks, out, lse, part, part_top, part_total
+    launch.run(attention_fwd_kernel, grid, tensors, numbers, chosen, seed_words(seed, q))
     if chunks > 1:
         chosen = launch.config("attention_join", "any", q.device.index)
-        attention_join_kernel[(B * H, S_q)](
-            part, part_top, part_total, out, lse, B * H * S_q, H, S_q, chunks, kept,
-            *out.stride()[:3], base_e, lse is not None, D, block_d, **chosen,
+        numbers = (
+            B * H * S_q, H, S_q, chunks, kept, *out.stride()[:3], base_e, lse is not None, D,
+            block_d,
         )  # fmt: skip
+        tensors = part, part_top, part_total, out, lse
+        launch.run(attention_join_kernel, (B * H, S_q), tensors, numbers, chosen)

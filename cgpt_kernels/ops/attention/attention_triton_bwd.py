@@ -19,17 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_substrate import launch
-from ...triton_substrate.device import LOG2E, dot, narrow, precision
+from ...triton_substrate.device import LOG2E, dot, dot_transposed, narrow, precision
 from ..dispatch import dense_last
 from .attention_triton_dq import attention_bias_kernel, attention_queries_kernel
-from .triton_call import bias_kind, halves, natural, shape_class, threshold
+from .triton_call import bias_kind, natural, seed_words, shape_class, threshold
 from .triton_tile import keep_tile, keys_there, load_tile, logits_tile, probabilities, seed_of
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def attention_rows_kernel(
-    q, k, v, dout, out, lse, padding, bias, slopes, tops, shares, deltas,
-    H, S_q, S_k, scale, kept, seed_low, seed_high, threshold,
+    q, k, v, dout, out, lse, padding, bias, slopes, tops, shares, deltas, seed_low, seed_high,
+    H, S_q, S_k, scale, kept, threshold,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
     stride_ob, stride_oh, stride_os, stride_pb, stride_bb, stride_bh, stride_bi, stride_bj,
@@ -119,20 +119,18 @@ def _add_keys(
         top = tl.load(tops + i, mask=there, other=0.0 if NATURAL else float("inf"))[None, :]
         share = tl.load(shares + i, mask=there, other=0.0)[None, :] if NATURAL else top
         delta = tl.load(deltas + i, mask=there, other=0.0)[None, :]
-        zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         s = logits_tile(
-            dot(kt, tl.trans(qt), zero, PRECISION), i[None, :], j[:, None], bias, padding, slope,
+            dot_transposed(kt, qt, PRECISION), i[None, :], j[:, None], bias, padding, slope,
             S_q, S_k, stride_bi, stride_bj, scale, CAUSAL, BIAS, HAS_PADDING, HAS_ALIBI, MASKED,
         )  # fmt: skip
         p = probabilities(s, top, share, NATURAL)
-        dp = dot(vt, tl.trans(do), zero, PRECISION)
+        dp = dot_transposed(vt, do, PRECISION)
         dropped = p
         if DROPOUT:
             first = (first_row + i) * S_k
-            keep = keep_tile(first, start_j, seed, threshold, BLOCK_N, ALIGNED)
-            weight = tl.trans(tl.where(keep, kept, 0.0))
-            dropped = p * weight
-            dp = dp * weight
+            keep = tl.trans(keep_tile(first, start_j, seed, threshold, BLOCK_N, ALIGNED))
+            dropped = tl.where(keep, p * kept, 0.0)
+            dp = tl.where(keep, dp * kept, 0.0)
         dv = dot(narrow(dropped, do.dtype), do, dv, PRECISION)
         dlogits = p * (dp - delta)
         dk = dot(narrow(dlogits, qt.dtype), qt, dk, PRECISION)
@@ -141,8 +139,8 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def attention_keys_kernel(
-    q, k, v, dout, padding, bias, slopes, tops, shares, deltas, dk, dv,
-    H, S_q, S_k, scale, kept, seed_low, seed_high, threshold,
+    q, k, v, dout, padding, bias, slopes, tops, shares, deltas, dk, dv, seed_low, seed_high,
+    H, S_q, S_k, scale, kept, threshold,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
     stride_pb, stride_bb, stride_bh, stride_bi, stride_bj,
@@ -206,7 +204,6 @@ def attention_keys_kernel(
 # ---- launch -------------------------------------------------------------------------------------
 
 
-@launch.on_device
 def attention_bwd(
     dout: Tensor,
     q: Tensor,
@@ -230,6 +227,7 @@ def attention_bwd(
         attn_bias: as passed by the user, not expanded: its gradient has its shape.
     """
     (B, H, S_q, D), S_k = q.shape, k.shape[2]
+    D = int(D)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     if q.numel() == 0 or k.numel() == 0:  # nothing sees anything
         dbias = attn_bias.new_zeros(attn_bias.shape) if need_bias else q.new_empty(0)
@@ -239,12 +237,12 @@ def attention_bwd(
     padding = None if key_padding_mask is None else dense_last(key_padding_mask)
     slopes = None if alibi_slopes is None else dense_last(alibi_slopes)
     bias = None if attn_bias is None else attn_bias.expand(B, H, S_q, S_k)
-    kind, drawn = bias_kind(bias), 0 if seed is None else int(seed)
+    kind, words = bias_kind(bias), seed_words(seed, q)
     base_e = natural(q, kind)
-    tops, shares, deltas = q.new_empty((3, B, H, S_q), dtype=torch.float32).unbind()
-    numbers = (
-        H, S_q, S_k, scale, 1.0 / (1.0 - dropout_p), *halves(drawn), threshold(dropout_p)
-    )  # fmt: skip
+    # three arrays, not one: traced, what writes a view of an array copies the array
+    shape = (B, H, S_q)
+    tops, shares, deltas = (q.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    sizes = S_q, S_k, float(scale), 1.0 / (1.0 - dropout_p), threshold(dropout_p)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     masks = (
         0 if padding is None else padding.stride(0),
@@ -260,19 +258,18 @@ def attention_bwd(
         return launch.config(f"attention_{kernel}", which, q.device.index)
 
     chosen = config("rows")
-    attention_rows_kernel[(triton.cdiv(S_q, chosen["BLOCK_M"]), B * H)](
-        q, k, v, dout, out, lse, padding, bias, slopes, tops, shares, deltas, *numbers,
-        *strides, *out.stride()[:3], *masks, *options, **chosen,
-    )  # fmt: skip
+    grid = launch.cdiv(S_q, chosen["BLOCK_M"]), B * H
+    tensors = q, k, v, dout, out, lse, padding, bias, slopes, tops, shares, deltas
+    numbers = H, *sizes, *strides, *out.stride()[:3], *masks, *options
+    launch.run(attention_rows_kernel, grid, tensors, numbers, chosen, words)
     given = (q, k, v, dout, padding, bias, slopes, tops, shares, deltas)
     chosen = config("keys")
-    attention_keys_kernel[(triton.cdiv(S_k, chosen["BLOCK_N"]), B * H)](
-        *given, dk, dv, *numbers, *strides, *masks, *options, **chosen
-    )
+    grid = launch.cdiv(S_k, chosen["BLOCK_N"]), B * H
+    numbers = H, *sizes, *strides, *masks, *options
+    launch.run(attention_keys_kernel, grid, (*given, dk, dv), numbers, chosen, words)
     chosen = config("queries")
-    attention_queries_kernel[(triton.cdiv(S_q, chosen["BLOCK_M"]), B * H)](
-        *given, dq, *numbers, *strides, *masks, *options, **chosen
-    )
+    grid = launch.cdiv(S_q, chosen["BLOCK_M"]), B * H
+    launch.run(attention_queries_kernel, grid, (*given, dq), numbers, chosen, words)
     if not need_bias:
         return dq, dk, dv, q.new_empty(0)
     four = (1,) * (4 - attn_bias.ndim) + tuple(attn_bias.shape)
@@ -280,11 +277,9 @@ def attention_bwd(
     which = "16 bit" if q.element_size() == 2 else "fp32"
     chosen = config("bias")
     dbias = q.new_empty((own_b, own_h, S_q, S_k), dtype=torch.float32)
-    attention_bias_kernel[
-        (triton.cdiv(S_k, chosen["BLOCK_N"]), triton.cdiv(S_q, chosen["BLOCK_M"]), own_b * own_h)
-    ](
-        *given, dbias, B, *numbers, own_h, B // own_b, H // own_h,
-        *strides, *masks, *options, **chosen,
-    )  # fmt: skip
+    tiles_n, tiles_m = launch.cdiv(S_k, chosen["BLOCK_N"]), launch.cdiv(S_q, chosen["BLOCK_M"])
+    grid = tiles_n, tiles_m, own_b * own_h
+    numbers = own_h, B // own_b, H // own_h, *numbers
+    launch.run(attention_bias_kernel, grid, (*given, dbias), numbers, chosen, words)
     # what is shared along queries or keys is added up last
     return dq, dk, dv, dbias.sum_to_size(four).view(attn_bias.shape).to(attn_bias.dtype)

@@ -55,8 +55,8 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def attention_queries_kernel(
-    q, k, v, dout, padding, bias, slopes, tops, shares, deltas, dq,
-    H, S_q, S_k, scale, kept, seed_low, seed_high, threshold,
+    q, k, v, dout, padding, bias, slopes, tops, shares, deltas, dq, seed_low, seed_high,
+    H, S_q, S_k, scale, kept, threshold,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
     stride_pb, stride_bb, stride_bh, stride_bi, stride_bj,
@@ -115,8 +115,8 @@ def attention_queries_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def attention_bias_kernel(
-    q, k, v, dout, padding, bias, slopes, tops, shares, deltas, dbias,
-    B, H, S_q, S_k, scale, kept, seed_low, seed_high, threshold, bias_heads, over_b, over_h,
+    q, k, v, dout, padding, bias, slopes, tops, shares, deltas, dbias, seed_low, seed_high,
+    bias_heads, over_b, over_h, H, S_q, S_k, scale, kept, threshold,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_db, stride_dh, stride_ds,
     stride_pb, stride_bb, stride_bh, stride_bi, stride_bj,

@@ -205,7 +205,7 @@ def _general(
     options = (scale, causal, dropout_p, seed)
     if chosen == "eager":
         return reference.attention_fwd(q, k, v, *masks, *options)[0]
-    return torch.ops.cgpt.attention(q, k, v, *masks, *options, chosen)[0]
+    return _attention_op(q, k, v, *masks, *options, chosen)[0]
 
 
 def _expand(attn_bias, q, k):
@@ -279,7 +279,7 @@ def _run(
         alibi_slopes = dense_last(alibi_slopes)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     masks = key_padding_mask, attn_bias, alibi_slopes
-    drawn = 0 if seed is None else int(seed)
+    drawn = seed if backends.is_traced(backend) else 0 if seed is None else int(seed)
     row_stats = (_row_stats(q),) if backend == "cpu" else ()
     out = _forward(kernel, q, k, v, *masks, scale, causal, dropout_p, drawn, lse, *row_stats)
     return out, lse, *(row_stats or (q.new_empty(0, dtype=torch.float32),))
@@ -306,7 +306,7 @@ def _backward(ctx, dout, dlse, drow_stats):
     *tensors, seed = ctx.saved_tensors
     need_q, need_k, need_v, _, need_bias = ctx.needs_input_grad[:5]
     options = *ctx.options, seed, need_bias, ctx.backend
-    dq, dk, dv, dbias = torch.ops.cgpt.attention_bwd(dout, *tensors, *options)
+    dq, dk, dv, dbias = _attention_bwd_op(dout, *tensors, *options)
     return (
         dq if need_q else None,
         dk if need_k else None,
@@ -348,7 +348,7 @@ def _autocast_args(device_type, q, k, v, key_padding_mask, attn_bias, *rest):
     return (q, k, v, key_padding_mask, attn_bias, *rest)
 
 
-define(
+_attention_op = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, Tensor? attn_bias,"
     " Tensor? alibi_slopes, float scale, bool causal, float dropout_p, Tensor? seed, str backend)"
     " -> (Tensor out, Tensor lse, Tensor row_stats)",
@@ -358,7 +358,7 @@ define(
     backward=_backward,
     autocast=_autocast_args,
 )
-define(
+_attention_bwd_op = define(
     "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor row_stats, Tensor? key_padding_mask, Tensor? attn_bias, Tensor? alibi_slopes,"
     " float scale, bool causal, float dropout_p, Tensor? seed, bool need_bias, str backend)"

@@ -32,6 +32,14 @@ def halves(seed: int) -> tuple[int, int]:
     return low - ((low >> 31) << 32), high - ((high >> 31) << 32)
 
 
+def seed_words(seed: int | Tensor | None, like: Tensor) -> tuple[int | Tensor, int]:
+    """The seed as kernels take it: its halves, or, where a graph is traced, the tensor that will
+    hold it, and 0."""
+    if isinstance(seed, Tensor) and type(seed) is not Tensor:
+        return seed.to(like.device), 0
+    return halves(0 if seed is None else int(seed))
+
+
 def threshold(dropout_p: float) -> int:
     """Words below floor(p * 2^32) drop; as a signed integer."""
     return halves(int(dropout_p * 2**32))[0]

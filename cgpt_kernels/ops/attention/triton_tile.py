@@ -45,8 +45,12 @@ def logits_tile(
 
 @triton.jit
 def seed_of(low, high):
-    """The 64-bit seed of two 32-bit halves, passed as signed integers."""
-    return (high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)
+    """The 64-bit seed of two 32-bit halves, passed as signed integers; or low points to it."""
+    if low.dtype.is_ptr():
+        seed = tl.load(low).to(tl.uint64)
+    else:
+        seed = (high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)
+    return seed
 
 
 @triton.jit

@@ -145,7 +145,6 @@ def _config(kernel: str, x: Tensor) -> dict[str, int]:
     return dict(launch.config(f"linear_cross_entropy_{kernel}", which, x.device.index))
 
 
-@launch.on_device
 def linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
@@ -167,30 +166,20 @@ def linear_cross_entropy_fwd(
         return
     x, smooth = as_rows(x), label_smoothing > 0.0
     chosen = _config("fwd", x)
-    count = triton.cdiv(V, chosen["V_EACH"])
+    count = launch.cdiv(V, chosen["V_EACH"])
     parts = x.new_empty((4, count, M), dtype=torch.float32)
-    linear_cross_entropy_fwd_kernel[(triton.cdiv(M, chosen["BLOCK_M"]), count)](
-        x, weight, bias, target, parts, M, K, V, x.stride(0), weight.stride(0),
-        bias is not None, smooth, precision(x.dtype), K % chosen["BLOCK_K"] == 0, **chosen,
+    numbers = (
+        M, K, V, x.stride(0), weight.stride(0),
+        bias is not None, smooth, precision(x.dtype), K % chosen["BLOCK_K"] == 0,
     )  # fmt: skip
+    grid, tensors = (launch.cdiv(M, chosen["BLOCK_M"]), count), (x, weight, bias, target, parts)
+    launch.run(linear_cross_entropy_fwd_kernel, grid, tensors, numbers, chosen)
     chosen = launch.config("linear_cross_entropy_join", "any", x.device.index)
-    linear_cross_entropy_join_kernel[(triton.cdiv(M, chosen["BLOCK_M"]),)](
-        parts,
-        target,
-        loss,
-        lse,
-        M,
-        V,
-        count,
-        count * M,
-        ignore_index,
-        label_smoothing,
-        smooth,
-        **chosen,
-    )
+    numbers = M, V, count, count * M, ignore_index, float(label_smoothing), smooth
+    grid, tensors = (launch.cdiv(M, chosen["BLOCK_M"]),), (parts, target, loss, lse)
+    launch.run(linear_cross_entropy_join_kernel, grid, tensors, numbers, chosen)
 
 
-@launch.on_device
 def linear_cross_entropy_bwd(
     drows: Tensor,
     x: Tensor,
@@ -221,30 +210,40 @@ def linear_cross_entropy_bwd(
     bias = bias if bias is None else dense_last(bias)
     chosen = _config("bwd", x)
     block_m = chosen["BLOCK_M"]
-    stride_g = triton.cdiv(V, _ALIGN) * _ALIGN
+    stride_g = launch.cdiv(V, _ALIGN) * _ALIGN
     step = max(1, SLAB_BYTES // (stride_g * x.element_size() * block_m)) * block_m
-    g = x.new_empty(min(step, M), stride_g)
+    # how many slabs there are is a constant of a traced graph, M need not be one
+    slabs = int(launch.cdiv(M, step))
+    g = x.new_empty(M if slabs == 1 else step, stride_g)
     shares = None
     if need_bias:
-        shares = x.new_empty((triton.cdiv(M, block_m), V), dtype=torch.float32)
+        shares = x.new_empty((launch.cdiv(M, block_m), V), dtype=torch.float32)
     total = dweight
-    if need[1] and M > step and x.dtype != torch.float32:
+    if need[1] and slabs > 1 and x.dtype != torch.float32:
         total = torch.empty((V, K), dtype=torch.float32, device=x.device)
-    for start in range(0, M, step):
-        rows = slice(start, min(start + step, M))
-        count = rows.stop - start
-        grid = (triton.cdiv(count, block_m), triton.cdiv(V, chosen["BLOCK_N"]))
-        linear_cross_entropy_bwd_kernel[grid](
-            x[rows], weight, bias, target[rows], lse[rows], drows[rows], g,
-            shares[start // block_m :] if need_bias else None,
-            count, K, V, x.stride(0), weight.stride(0), stride_g, ignore_index, label_smoothing,
-            bias is not None, need_bias, precision(x.dtype), K % chosen["BLOCK_K"] == 0, **chosen,
+    for slab in range(slabs):
+        rows = slice(slab * step, M if slab + 1 == slabs else (slab + 1) * step)
+        count = rows.stop - rows.start
+
+        def part(tensor, rows=rows):  # the whole of it as it is: traced, a view would be copied
+            return tensor[rows] if slabs > 1 else tensor
+
+        numbers = (
+            count, K, V, x.stride(0), weight.stride(0), stride_g, ignore_index,
+            float(label_smoothing), bias is not None, need_bias, precision(x.dtype),
+            K % chosen["BLOCK_K"] == 0,
         )  # fmt: skip
-        slab = g[:count, :V]
+        tensors = (
+            part(x), weight, bias, part(target), part(lse), part(drows), g,
+            shares[slab * (step // block_m) :] if need_bias and slab else shares,
+        )  # fmt: skip
+        grid = launch.cdiv(count, block_m), launch.cdiv(V, chosen["BLOCK_N"])
+        launch.run(linear_cross_entropy_bwd_kernel, grid, tensors, numbers, chosen)
+        logits = g[:count, :V]
         if need[0]:
-            product(slab, weight, dx[rows])
+            product(logits, weight, part(dx))
         if need[1]:
-            product(slab.t(), x[rows], total, add=start > 0)
+            product(logits.t(), part(x), total, add=slab > 0)
     if total is not dweight:
         dweight.copy_(total)
     if need_bias:

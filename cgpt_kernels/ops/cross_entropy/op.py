@@ -171,9 +171,9 @@ def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, 
     elif chosen == "cpu" and _ahead(x.dtype, reduction) and any(_need(x, weight, bias)):
         need = _need(x, weight, bias)
         options = ignore_index, label_smoothing, reduction == "mean", need, chosen
-        return torch.ops.cgpt.linear_cross_entropy_grads(x, weight, target, bias, *options)[0]
+        return _linear_cross_entropy_grads_op(x, weight, target, bias, *options)[0]
     else:
-        rows = torch.ops.cgpt.linear_cross_entropy(
+        rows = _linear_cross_entropy_op(
             x, weight, target, bias, ignore_index, label_smoothing, chosen
         )[0]
     return reference.reduce_rows(rows, target, ignore_index, reduction)
@@ -296,7 +296,7 @@ def _backward(ctx, drows, dlse):
     need_x, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     need = need_x, need_weight, need_bias
     options = *ctx.options, need, ctx.backend
-    grads = torch.ops.cgpt.linear_cross_entropy_bwd(drows, *ctx.saved_tensors, *options)
+    grads = _linear_cross_entropy_bwd_op(drows, *ctx.saved_tensors, *options)
     dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
     return dx, dweight, None, dbias, None, None, None
 
@@ -362,7 +362,7 @@ def _autocast(device_type, x, weight, target, bias, *rest):
     return (x, weight, target, bias, *rest)
 
 
-define(
+_linear_cross_entropy_op = define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, Tensor? bias,"
     " SymInt ignore_index, float label_smoothing, str backend) -> (Tensor loss, Tensor lse)",
     _run,
@@ -371,14 +371,14 @@ define(
     backward=_backward,
     autocast=_autocast,
 )
-define(
+_linear_cross_entropy_bwd_op = define(
     "linear_cross_entropy_bwd(Tensor drows, Tensor x, Tensor weight, Tensor target, Tensor? bias,"
     " Tensor? lse, SymInt ignore_index, float label_smoothing, bool[3] need, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _run_bwd,
     _fake_bwd,
 )
-define(
+_linear_cross_entropy_grads_op = define(
     "linear_cross_entropy_grads(Tensor x, Tensor weight, Tensor target, Tensor? bias,"
     " SymInt ignore_index, float label_smoothing, bool mean, bool[3] need, str backend)"
     " -> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",

@@ -119,16 +119,15 @@ def _product(a, b, bias, residual, y, pre, activation):
     epilogue = bias is not None or residual is not None or activation != "none"
     which = shape_class(M, N, a.element_size(), epilogue)
     chosen = launch.config("gemm", which, a.device.index)
-    block_m, block_n = chosen["BLOCK_M"], chosen["BLOCK_N"]
-    gemm_kernel[((M + block_m - 1) // block_m * ((N + block_n - 1) // block_n),)](
-        a, b, bias, residual, y, pre,
+    tiles = launch.cdiv(M, chosen["BLOCK_M"]) * launch.cdiv(N, chosen["BLOCK_N"])
+    numbers = (
         M, N, K, *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0),
         activation, bias is not None, residual is not None, pre is not None,
-        precision(a.dtype), K % chosen["BLOCK_K"] == 0, **chosen,
+        precision(a.dtype), K % chosen["BLOCK_K"] == 0,
     )  # fmt: skip
+    launch.run(gemm_kernel, (tiles,), (a, b, bias, residual, y, pre), numbers, chosen)
 
 
-@launch.on_device
 def gemm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -149,7 +148,6 @@ def gemm_fwd(
     _product(as_rows(x), weight if weight_kn else weight.t(), bias, residual, y, None, activation)
 
 
-@launch.on_device
 def gemm_fwd_with_pre(
     x: Tensor,
     weight: Tensor,
@@ -166,7 +164,6 @@ def gemm_fwd_with_pre(
     return y, pre
 
 
-@launch.on_device
 def gemm_bwd(
     dy: Tensor,
     x: Tensor,
@@ -193,11 +190,11 @@ def gemm_bwd(
         dbias = torch.empty(N, dtype=bias.dtype, device=bias.device)
     if (activation is not None or need_bias) and dy.numel():
         chosen = launch.config("gemm_activation_bwd", "any", x.device.index)
-        programs = triton.cdiv(M, chosen["ROWS_EACH"])
+        programs = launch.cdiv(M, chosen["ROWS_EACH"])
         shares = x.new_empty((programs, N), dtype=torch.float32) if need_bias else None
-        gemm_activation_bwd_kernel[(triton.cdiv(N, chosen["BLOCK_N"]), programs)](
-            dy, pre, g, shares, M, N, dy.stride(0), activation or "none", need_bias, **chosen
-        )
+        grid = launch.cdiv(N, chosen["BLOCK_N"]), programs
+        numbers = M, N, dy.stride(0), activation or "none", need_bias
+        launch.run(gemm_activation_bwd_kernel, grid, (dy, pre, g, shares), numbers, chosen)
         if need_bias:
             add_shares(shares, dbias)
     elif need_bias:

@@ -6,6 +6,8 @@ dtype of x.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -188,7 +190,7 @@ def _call_library(backend):
             and any(t is not None and t.requires_grad for t in (x, weight, bias))
         )
         options = activation, weight_layout, dropout_p, seed, keep_pre, backend
-        return torch.ops.cgpt.gemm(x, weight, bias, residual, *options)[0]
+        return _gemm_op(x, weight, bias, residual, *options)[0]
 
     return run
 
@@ -285,7 +287,7 @@ def _fake(x, weight, bias, residual, activation, weight_layout, dropout_p, seed,
     N = weight.shape[1 if weight_layout == "kn" else 0]
     y = x.new_empty(*x.shape[:-1], N)
     kept = keep_pre and activation is not None
-    return y, x.new_empty(x.shape[:-1].numel(), N) if kept else x.new_empty(0)
+    return y, x.new_empty(prod(x.shape[:-1]), N) if kept else x.new_empty(0)
 
 
 def _save(ctx, inputs, output):
@@ -304,7 +306,7 @@ def _backward(ctx, dy, dpre):
             "gemm: torch.ops.cgpt.gemm needs keep_pre=True to give gradients through an activation"
         )
     options = *ctx.options, seed, need, ctx.backend
-    grads = torch.ops.cgpt.gemm_bwd(dy, x, weight, bias, pre, *options)
+    grads = _gemm_bwd_op(dy, x, weight, bias, pre, *options)
     dx, dweight, dbias = (g if n else None for g, n in zip(grads, need, strict=True))
     dresidual = dy if ctx.needs_input_grad[3] else None
     return dx, dweight, dbias, dresidual, *[None] * 6
@@ -332,7 +334,7 @@ def _autocast(device_type, x, weight, bias, residual, *rest):
     return (*cast(autocast_dtype(device_type), x, weight, bias, residual), *rest)
 
 
-define(
+_gemm_op = define(
     "gemm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str? activation,"
     " str weight_layout, float dropout_p, Tensor? seed, bool keep_pre, str backend)"
     " -> (Tensor y, Tensor pre)",
@@ -342,7 +344,7 @@ define(
     backward=_backward,
     autocast=_autocast,
 )
-define(
+_gemm_bwd_op = define(
     "gemm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str? activation,"
     " str weight_layout, float dropout_p, Tensor? seed, bool[3] need, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",

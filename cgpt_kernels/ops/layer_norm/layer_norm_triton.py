@@ -107,13 +107,17 @@ def shape_class(C: int) -> str:
     return next(f"C <= {limit}" for limit in (256, 1024, 2048, 4096, WIDEST) if C <= limit)
 
 
+def _config(kernel: str, C: int, x: Tensor) -> dict[str, int]:
+    chosen = launch.config(f"layer_norm_{kernel}", shape_class(C), x.device.index)
+    return {"BLOCK_C": triton.next_power_of_2(C)} | chosen
+
+
 def unsupported(x: Tensor, *rest) -> str | None:
     """Why these kernels cannot take x, or None."""
     C = x.shape[-1] if x.ndim else 0
     return f"rows are wider than {WIDEST}, got {C}" if C > WIDEST else None
 
 
-@launch.on_device
 def layer_norm_fwd(
     x: Tensor,
     residual: Tensor | None,
@@ -131,7 +135,7 @@ def layer_norm_fwd(
         x, residual, y, total: [..., C] in T, last stride 1; y and total contiguous.
         weight, bias: [C], T or fp32.   mean, rstd: [rows], fp32, or both None.
     """
-    C = x.shape[-1]
+    C = int(x.shape[-1])  # a traced size too becomes a constant of the kernel
     if y.numel() == 0:
         return
     x = as_rows(x)
@@ -139,17 +143,16 @@ def layer_norm_fwd(
     if residual is not None:
         residual = as_rows(residual)
         stride_residual = residual.stride(0)
-    chosen = launch.config("layer_norm_fwd", shape_class(C), x.device.index)
-    block_r = chosen["BLOCK_R"]
-    layer_norm_fwd_kernel[((rows + block_r - 1) // block_r,)](
-        x, residual, weight, bias, y, total, mean, rstd,
-        rows, C, x.stride(0), stride_residual, eps,
+    chosen = _config("fwd", C, x)
+    tensors = x, residual, weight, bias, y, total, mean, rstd
+    numbers = (
+        rows, C, x.stride(0), stride_residual, float(eps),
         residual is not None, bias is not None, mean is not None,
-        BLOCK_C=triton.next_power_of_2(C), **chosen,
     )  # fmt: skip
+    programs = launch.cdiv(rows, chosen["BLOCK_R"])
+    launch.run(layer_norm_fwd_kernel, (programs,), tensors, numbers, chosen)
 
 
-@launch.on_device
 def layer_norm_bwd(
     dy: Tensor,
     dtotal: Tensor | None,
@@ -165,7 +168,7 @@ def layer_norm_bwd(
     Args:
         dy, dtotal, x: [..., C] in T.   weight, bias: [C], T or fp32.   mean, rstd: [rows], fp32.
     """
-    rows, C = mean.shape[0], x.shape[-1]
+    rows, C = mean.shape[0], int(x.shape[-1])
     need_bias = need[2] and bias is not None
     need_parameters = need[1] or need_bias
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need[0] else x.new_empty(0)
@@ -182,17 +185,19 @@ def layer_norm_bwd(
     if dtotal is not None:
         dtotal = as_rows(dtotal)
         stride_dtotal = dtotal.stride(0)
-    chosen = dict(launch.config("layer_norm_bwd", shape_class(C), x.device.index))
+    chosen = _config("bwd", C, x)
     most, block_r = chosen.pop("PROGRAMS"), chosen["BLOCK_R"]
-    rows_each = triton.cdiv(triton.cdiv(rows, most), block_r) * block_r
-    programs = triton.cdiv(rows, rows_each)
-    shares = x.new_empty((2, programs, C) if need_parameters else (2, 0), dtype=torch.float32)
-    layer_norm_bwd_kernel[(programs,)](
-        dy, dtotal, x, weight, mean, rstd, dx, shares[0], shares[1],
+    rows_each = launch.cdiv(launch.cdiv(rows, most), block_r) * block_r
+    programs = launch.cdiv(rows, rows_each)
+    # two arrays, not one of twice the size: traced, what writes a view of an array copies it
+    shape = (programs, C) if need_parameters else 0
+    for_weight, for_bias = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    tensors = dy, dtotal, x, weight, mean, rstd, dx, for_weight, for_bias
+    numbers = (
         rows, C, rows_each, dy.stride(0), stride_dtotal, x.stride(0),
         dtotal is not None, need[0], need_parameters,
-        BLOCK_C=triton.next_power_of_2(C), **chosen,
     )  # fmt: skip
+    launch.run(layer_norm_bwd_kernel, (programs,), tensors, numbers, chosen)
     if need_parameters:
-        add_shares(shares[0], dweight, *((shares[1], dbias) if need_bias else ()))
+        add_shares(for_weight, dweight, *((for_bias, dbias) if need_bias else ()))
     return dx, dweight if need[1] else weight.new_empty(0), dbias

@@ -5,6 +5,8 @@ Letters: C normalised width, rows all leading dimensions together, T the dtype o
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -159,10 +161,10 @@ def _general(op, x, residual, weight, bias, eps, backend):
     if residual is None:
         if chosen == "eager":
             return reference.layer_norm(x, weight, bias, eps)
-        return torch.ops.cgpt.layer_norm(x, weight, bias, eps, chosen)[0]
+        return _layer_norm_op(x, weight, bias, eps, chosen)[0]
     if chosen == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
-    return torch.ops.cgpt.add_layer_norm(x, residual, weight, bias, eps, chosen)[:2]
+    return _add_layer_norm_op(x, residual, weight, bias, eps, chosen)[:2]
 
 
 def _autocast(device_type, x, residual):
@@ -180,7 +182,7 @@ def _forward(kernel, x, residual, weight, bias, eps):
     """y, sum (None without residual), mean, rstd."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(y)
-    mean = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    mean = x.new_empty(prod(x.shape[:-1]), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     kernel(x, residual, weight, bias, y, total, mean, rstd, eps)
     return y, total, mean, rstd
@@ -223,7 +225,7 @@ def _run(x, weight, bias, eps, backend):
 
 
 def _fake(x, weight, bias, eps, backend):
-    rows = x.shape[:-1].numel()
+    rows = prod(x.shape[:-1])  # Size.numel() would make a constant of a traced size
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
@@ -237,7 +239,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, dmean, drstd):
     need = ctx.needs_input_grad[:3]
-    grads = torch.ops.cgpt.layer_norm_bwd(dy, None, *ctx.saved_tensors, need, ctx.backend)
+    grads = _layer_norm_bwd_op(dy, None, *ctx.saved_tensors, need, ctx.backend)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None)
 
 
@@ -268,9 +270,7 @@ def _save_add(ctx, inputs, output):
 def _backward_add(ctx, dy, dtotal, dmean, drstd):
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
     need = (need_x or need_residual, need_weight, need_bias)
-    dx, dweight, dbias = torch.ops.cgpt.layer_norm_bwd(
-        dy, dtotal, *ctx.saved_tensors, need, ctx.backend
-    )
+    dx, dweight, dbias = _layer_norm_bwd_op(dy, dtotal, *ctx.saved_tensors, need, ctx.backend)
     return (
         dx if need_x else None,
         dx if need_residual else None,
@@ -296,7 +296,7 @@ def _fake_bwd(dy, dtotal, x, weight, bias, mean, rstd, need, backend):
     )
 
 
-define(
+_layer_norm_op = define(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, str backend)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
     _run,
@@ -305,7 +305,7 @@ define(
     backward=_backward,
     autocast=lambda device_type, x, *rest: (_autocast(device_type, x, None)[0], *rest),
 )
-define(
+_add_layer_norm_op = define(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps,"
     " str backend) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
     _run_add,
@@ -317,7 +317,7 @@ define(
         *rest,
     ),
 )
-define(
+_layer_norm_bwd_op = define(
     "layer_norm_bwd(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor? bias, Tensor mean,"
     " Tensor rstd, bool[3] need, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _run_bwd,
