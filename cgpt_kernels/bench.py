@@ -1,11 +1,12 @@
 """Benchmarks of the ops: time, bound and share of the bound, beside eager and torch.compile.
 
 A case is checked against the numerics rule first; where that fails no speed-up is given. On a GPU
-attention is also timed beside each of torch's own fused implementations that takes the case.
+cases are also timed beside each of torch's own fused attentions and other libraries that take them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -45,6 +46,7 @@ class Row:
     device: str = "cpu"
     gradients: bool = False  # forward and backward
     peers_us: dict[str, float] = field(default_factory=dict)  # minima of other libraries
+    peers_us_median: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)  # on a GPU: of one call, beyond inputs
 
     @property
@@ -69,23 +71,84 @@ def _compiled(case: Case, inputs: dict) -> Callable:
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
+# Other libraries on a GPU: the module that a package brings.
+PACKAGES = {"liger": ("liger_kernel", "liger-kernel"), "flash_attn": ("flash_attn", "flash-attn")}
+
+
+def missing_peers() -> dict[str, str]:
+    """Other libraries that are not installed, and how to get them."""
+    return {
+        name: f"pip install {package}"
+        for name, (module, package) in PACKAGES.items()
+        if importlib.util.find_spec(module) is None
+    }
+
+
 def _peers(case: Case, inputs: dict) -> dict[str, Callable]:
-    """Each implementation of SDPA that takes the case, alone."""
-    if case.op != "attention" or inputs["q"].device.type != "cuda":
+    """What else takes the case on a GPU: each implementation of SDPA alone, other libraries."""
+    first = next(iter(inputs.values()))
+    if first.device.type != "cuda":
         return {}
-    call, found = case.torch_call(inputs), {}
-    for name, which in SDPA.items():
+    wanted = {}
+    if case.op == "attention":
+        call = case.torch_call(inputs)
+        for name, which in SDPA.items():
 
-        def only(which=which):
-            with sdpa_kernel(which):
-                return call()
+            def only(which=which):
+                with sdpa_kernel(which):
+                    return call()
 
+            wanted[name] = only
+    missing = missing_peers()
+    wanted |= {n: c for n, c in _libraries(case, inputs).items() if n not in missing}
+    found = {}
+    for name, call in wanted.items():
         try:
-            only()
+            call()
         except RuntimeError:  # says which inputs it does not take
             continue
-        found[name] = only
+        found[name] = call
     return found
+
+
+def _libraries(case: Case, inputs: dict) -> dict[str, Callable]:
+    """Calls of libraries that need not be there for what the case asks, and nothing beyond."""
+    i = inputs
+    if case.op == "attention":
+        plain = {"q", "k", "v", "causal", "scale"}
+        if any(value is not None for name, value in i.items() if name not in plain):
+            return {}
+
+        def flash_attn():
+            from flash_attn import flash_attn_func
+
+            q, k, v = (i[name].transpose(1, 2) for name in "qkv")
+            out = flash_attn_func(q, k, v, softmax_scale=i["scale"], causal=i["causal"])
+            return out.transpose(1, 2)
+
+        return {"flash_attn": flash_attn}
+    if case.op == "layer_norm" and i.get("bias") is not None:
+
+        def norm():
+            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+            return LigerLayerNormFunction.apply(i["x"], i["weight"], i["bias"], 1e-5)
+
+        return {"liger": norm}
+    if case.op == "linear_cross_entropy":
+
+        def loss():
+            from liger_kernel.transformers.fused_linear_cross_entropy import (
+                LigerFusedLinearCrossEntropyLoss,
+            )
+
+            names = ("ignore_index", "label_smoothing", "reduction")
+            made = LigerFusedLinearCrossEntropyLoss(**{n: i[n] for n in names if n in i})
+            rows = i["x"].reshape(-1, i["x"].shape[-1])
+            return made(i["weight"], rows, i["target"].reshape(-1), i.get("bias"))
+
+        return {"liger": loss}
+    return {}
 
 
 def _with_gradients(call: Callable, inputs: dict) -> Callable:
@@ -183,6 +246,7 @@ def measure(
         device=torch.cuda.get_device_name() if on_gpu else "cpu",
         gradients=gradients,
         peers_us={name: taken[name].minimum * 1e6 for name in peers},
+        peers_us_median={name: taken[name].median * 1e6 for name in peers},
         peak_bytes=peaks,
     )
 

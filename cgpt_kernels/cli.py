@@ -377,6 +377,7 @@ def bench_command(
     cgpt-kernels bench                                   every op, fp32 and bf16
     cgpt-kernels bench gemm attention --dtype bf16 --no-compile
     cgpt-kernels bench attention --device cuda --backend triton --gradients
+    cgpt-kernels bench --device cuda --backend triton    every op, then the targets of a GPU
     cgpt-kernels bench e2e --model cerebras-gpt-256m --out e2e.json
     cgpt-kernels bench e2e --peers all --prepare         converts and compiles, measures nothing
     cgpt-kernels bench e2e --model cerebras-gpt-111m --peers all
@@ -454,6 +455,10 @@ def bench_command(
             gradients=gradients,
         )
         red = any(row.red for row in rows)
+        if device == "cuda" and not what and not gradients:
+            from . import bench_gpu
+
+            red |= any(one.red for one in bench_gpu.run(backend=backend or "auto"))
     if red:
         raise typer.Exit(1)
 

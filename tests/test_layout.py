@@ -20,7 +20,7 @@ FLOORS = [
     {"gpt", "decoder"},
     {"replace", "bench", "tune"},
     {"train"},
-    {"generate", "quantize", "bench_e2e", "bench_train"},
+    {"generate", "quantize", "bench_e2e", "bench_gpu", "bench_train"},
     {"doctor", "prune"},
     {"demo"},
     {"cli"},
