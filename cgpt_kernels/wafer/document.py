@@ -25,9 +25,10 @@ core), memory, one datapath, a main thread and eight microthreads. A wavelet car
 - **Router.** One wavelet per port and cycle; per colour a static route from ports to ports, free
   multicast, up to four switch positions that wavelets advance. Queues are finite: a full one holds
   its sender back. Where several colours want one port, the lowest goes first.
-- **Core.** A vector instruction moves one word per cycle where an operand is on the fabric, and
-  runs at its listed rate in memory. Words of the fabric share the datapath: as many per cycle as
-  it moves in memory (`fmovs`), one of them into the router. Threads take turns.
+- **Core.** A vector instruction moves one word per cycle where an operand is on the fabric. In
+  memory it runs at its listed rate, or slower where strides and banks leave memory less. Words of
+  the fabric share the datapath: as many per cycle as it moves in memory (`fmovs`), one of them into
+  the router. Threads take turns.
 - **Tasks.** Local tasks are activated; data tasks start when their colour has a wavelet; both run
   to completion.
 - **Budgets**: memory, colours, queues, switch positions and microthreads are checked before a run;
@@ -72,8 +73,9 @@ _MISSES = """
 formulas 4 %, micro and kernel rows 10 %, end to end 15 %. What is missed, and what is known:
 
 - *Stencils over tiles on WSE-2*: 6.1 to 6.7 cycles per cell where one multiply and four
-  multiply-adds at the listed rates take 4.5. WSE-3 takes 4.1, as listed. Operands in conflicting
-  banks would explain it; which ones conflict depends on where the program put its arrays.
+  multiply-adds at the listed rates take 4.5. WSE-3 takes 4.1, as listed. Operands that share a bank
+  and lie askew would explain both, for memory then gives a quarter of its rate: half an element per
+  cycle on WSE-2, one on WSE-3. Which ones do depends on where the program put its arrays.
 
 Within their targets, but with a lean that has a cause:
 

@@ -8,6 +8,7 @@ published row comes out; at most one per generation).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -125,26 +126,27 @@ class WaferSpec:
     ) -> int:
         """Cycles of one vector instruction on operands in memory, from issue to the last element.
 
+        The slower of two rates counts: the builtin's, and what memory delivers, as many elements as
+        `fmovh` or `fmovs` moves where nothing is in the way.
+
         Args:
             builtin: a key of `rates`, e.g. "fmach".
             length: elements.
-            strides: of its operands, in 32-bit words; powers of two lose bandwidth.
-            banks: of the two operands that are read; the same bank modulo 4 halves the rate.
+            strides: of its operands, in 32-bit words; powers of two lose memory's rate.
+            banks: of the two operands that are read; the same bank modulo 4 halves it.
         """
         if builtin not in self.rates:
             raise ValueError(
                 f"WaferSpec: no builtin {builtin!r}, known are {', '.join(self.rates)}"
             )
-        rate = self.rates[builtin]
+        halves = builtin.endswith("h") and builtin not in ("fs2h",)
+        memory = float(self.rates["fmovh" if halves else "fmovs"])
         for stride in strides:
-            if stride in (0, 1):
-                continue
-            at_most = {0: 1, 1: 2, 7: 2, 4: 2}.get(stride % 8, rate)
-            rate = min(rate, at_most)
-        cycles = -(-length // rate)
+            if stride not in (0, 1):
+                memory = min(memory, {0: 1, 1: 2, 7: 2, 4: 2}.get(stride % 8, memory))
         if banks is not None and banks[0] % 4 == banks[1] % 4:
-            cycles *= 2
-        return self.memory_start + cycles
+            memory /= 2
+        return self.memory_start + math.ceil(length / min(self.rates[builtin], memory))
 
     def constants(self):
         """Rows (name, value, unit, tag, source, what) of every constant."""
