@@ -369,6 +369,10 @@ def bench_command(
     prepare: Annotated[
         bool, typer.Option("--prepare", help="With --peers: convert and compile only.")
     ] = False,
+    work: Annotated[
+        list[str] | None,
+        typer.Option(help="With --peers: 512, 2048 or batch; repeat for several; default all."),
+    ] = None,
 ) -> None:
     """Ops against eager, torch.compile and the bound; e2e: whole models against eager or peers;
     train: training steps and their ops against this project's targets.
@@ -389,7 +393,8 @@ def bench_command(
     if "train" in what:
         if what != ["train"]:
             raise ValueError(f"bench: train runs alone, got {' '.join(what)}")
-        if dtype or device or backend or gradients or peers or new_tokens or everything or prepare:
+        taken = dtype, device, backend, gradients, peers, new_tokens, everything, prepare, work
+        if any(taken):
             raise ValueError(
                 "bench: train takes --model, --tokens, --row, --compile, --threads, --rounds, --out"
             )
@@ -409,8 +414,10 @@ def bench_command(
         return
     if tokens or row:
         raise ValueError("bench: --tokens and --row are for train")
-    if peers is None and (rounds or new_tokens or everything or prepare):
-        raise ValueError("bench: --rounds, --new-tokens, --everything, --prepare need --peers")
+    if peers is None and (rounds or new_tokens or everything or prepare or work):
+        raise ValueError(
+            "bench: --rounds, --new-tokens, --everything, --prepare, --work need --peers"
+        )
     dtypes = [d.value for d in dtype or (Dtype.fp32, Dtype.bf16)]
     if "e2e" in what:
         if what != ["e2e"]:
@@ -434,6 +441,7 @@ def bench_command(
                 out=out,
                 everything=everything,
                 prepare=prepare,
+                only=work,
             )
         else:
             red = _bench_end_to_end(model or "cerebras-gpt-111m", dtypes, threads, out)

@@ -159,6 +159,11 @@ def test_an_unknown_choice_is_an_error(wrong):
         systems.select(wrong)
 
 
+def test_an_unknown_work_is_an_error():
+    with pytest.raises(ValueError, match="bench: --work must be 512, 2048, batch, got '4096'"):
+        bench_e2e.run(Console(), only=["512", "4096"])
+
+
 def test_threads_that_never_sleep_are_refused(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     with pytest.raises(ValueError, match="would spin"):
@@ -184,8 +189,15 @@ def test_the_command_passes_its_options_on(monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     assert calls[0]["model"] == "cerebras-gpt-590m" and calls[0]["peers"] == "all:int8"
     assert (calls[0]["rounds"], calls[0]["new_tokens"], calls[0]["threads"]) == (3, 32, 2)
-    assert calls[0]["everything"] and not calls[0]["prepare"]
-    for wrong in (["--rounds", "3"], ["--prepare"], ["--peers", "all", "--dtype", "bf16"]):
+    assert calls[0]["everything"] and not calls[0]["prepare"] and not calls[0]["only"]
+    assert CliRunner().invoke(cli.app, [*call, "--work", "512", "--work", "batch"]).exit_code == 0
+    assert calls[1]["only"] == ["512", "batch"]
+    for wrong in (
+        ["--rounds", "3"],
+        ["--prepare"],
+        ["--work", "512"],
+        ["--peers", "all", "--dtype", "bf16"],
+    ):
         result = CliRunner().invoke(cli.app, ["bench", "e2e", *wrong])
         assert result.exit_code == 2 and "--peers" in result.stderr
     result = CliRunner().invoke(cli.app, ["bench", "gemm", "--peers", "all"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ def run(
     out: str | Path | None = None,
     everything: bool = False,
     prepare: bool = False,
+    only: Sequence[str] | None = None,
     works: Callable[[int], list[systems.Work]] = systems.works,
 ) -> bool:
     """Measure, show the tables, write JSON and a picture; True when no system of ours is red.
@@ -46,9 +47,10 @@ def run(
             that this one does not measure are kept in it. The picture lies beside it.
         everything: the prompt of 2048 tokens and the batch of 8 in every format, not in bf16 only.
         prepare: convert, compile and run everything once, and measure nothing.
+        only: names of works; None for all. A large model's prompts take minutes in some systems.
     Raises:
-        ValueError: unknown model, peer or format; fewer than 1 round or 3 tokens; OpenMP threads
-            that never sleep.
+        ValueError: unknown model, peer, work or format; fewer than 1 round or 3 tokens; OpenMP
+            threads that never sleep.
         Failed: the checkpoint cannot be made, or no roof can be measured.
     """
     if rounds < 1 or new_tokens < 3:
@@ -60,13 +62,17 @@ def run(
             "bench: OMP_WAIT_POLICY must be passive or unset with --peers, got active: systems "
             "that wait for their turn would spin"
         )
+    chosen = works(new_tokens)
+    names = [work.name for work in chosen]
+    if unknown := set(only or ()) - set(names):
+        raise ValueError(f"bench: --work must be {', '.join(names)}, got {min(unknown)!r}")
     config = systems.helper("weights").config_of(model)
     found, absent = systems.resolve(systems.select(peers))
     job = measure.Run(
         name=model,
         config=config,
         folder=Path(tempfile.gettempdir()) / "cgpt-kernels-bench" / model,
-        works=works(new_tokens),
+        works=[work for work in chosen if not only or work.name in only],
         rounds=rounds,
         threads=threads or torch.get_num_threads(),
         everything=everything,
