@@ -194,7 +194,7 @@ WSE2 = WaferSpec(
     stop=1,
     rates=_RATES_WSE2,
     input_queues=24,
-    collective_call=383,
+    collective_call=426,
     provenance={
         **_SHARED,
         "columns": ("published", f"{_SDK}: 750 x 994"),
@@ -206,7 +206,10 @@ WSE2 = WaferSpec(
         "vector_start": ("derived", f"{_CSL}: 16 cycles per iteration of a 1-cell stencil"),
         "memory_start": ("derived", f"{_CSL}: @fmacs on 14 elements takes 15 cycles"),
         "async_start": ("derived", f"{_CSL}: asynchronous send of 196 words takes 201 cycles"),
-        "collective_call": ("fitted", f"{_WAFERLLM}, Table 4: LLaMA3-8B decode on 420 x 420"),
+        "collective_call": (
+            "fitted",
+            f"{_WAFERLLM}, Table 4: LLaMA3-8B decode, between 420 x 420 and 660 x 660",
+        ),
     },
 )
 

@@ -310,7 +310,7 @@ def _table() -> list[tuple[str, str, float, Callable[[], float], str, str, bool]
 
     for name, layers, P, groups, dims, published, used in (
         ("LLaMA3-8B", 32, 420, 20, (4200, 4200, 14700), 2699.9, True),
-        ("LLaMA3-8B", 32, 660, 22, (4620, 4620, 14520), 2243.3, False),
+        ("LLaMA3-8B", 32, 660, 22, (4620, 4620, 14520), 2243.3, True),
         ("Qwen2-72B", 80, 420, 20, (8400, 4200, 29820), 839.7, False),
         ("Qwen2-72B", 80, 660, 22, (8580, 4620, 29700), 787.1, False),
     ):
