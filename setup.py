@@ -7,11 +7,13 @@ Environment:
                            compiled by g++ (csrc/cuda/device.cuh); host finds races, host_asan has
                            the address and undefined-behaviour sanitizers
   CGPT_CUDA_ARCHS          real architectures, default "80;90a"; PTX of the first one, which later
-                           processors compile for themselves, is always kept
+                           processors compile for themselves, is always kept; with 90a come the
+                           kernels that use Hopper's own instructions (csrc/cuda/hopper.h)
   CGPT_DEBUG=1             -O1 -g and address checks of the standard library
   MAX_JOBS                 parallel compile jobs, default one per core
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -21,6 +23,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.build_meta import *  # noqa: F403  pip's hooks: pyproject.toml names this file
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -47,7 +50,12 @@ TIERS = {  # name: (level, flags); CMakeLists.txt has the same table, tests/test
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": TIERS["scalar"]}
 
-NVCC_FLAGS = "-std=c++20 -O3 -DNDEBUG -DCGPT_CUDA -Xcompiler -fPIC,-fvisibility=hidden".split()
+NVCC_FLAGS = "-std=c++20 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden".split()
+
+# Headers of the Hopper gemm. Asked for where they are used: with what pip brings along they are 75
+# MB to download, of which the headers are 6. Without them gemm's other kernels take every call.
+CUTLASS = "nvidia-cutlass==4.2.0.0"
+CUTLASS_FLAGS = "-DCGPT_CUTLASS --expt-relaxed-constexpr".split()
 
 # Test-only modules of the CUDA sources compiled by g++, by the value of CGPT_CUDA: name, flags of
 # the kernels, flags of everything. The thread sanitizer's instrumentation is used, not its library:
@@ -92,6 +100,30 @@ def find_nvcc():
     return nvcc
 
 
+def cuda_architectures():
+    """CGPT_CUDA_ARCHS, e.g. ["80", "90a"]."""
+    return os.environ.get("CGPT_CUDA_ARCHS", "80;90a").split(";")
+
+
+def cutlass_flags():
+    """nvcc's flags for CUTLASS's headers, or none and why they are not there."""
+    found = importlib.util.find_spec("cutlass_library")
+    for folder in found.submodule_search_locations if found else ():
+        include = Path(folder) / "source" / "include"
+        if (include / "cutlass" / "cutlass.h").exists():
+            return [*CUTLASS_FLAGS, "-isystem", str(include)]
+    print(f"No Hopper gemm in this build: its headers come with `pip install {CUTLASS}`")
+    return []
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    """What pip installs beside pyproject.toml's list before it builds."""
+    return [CUTLASS] if find_nvcc() and "90a" in cuda_architectures() else []
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
 class NinjaBuild(build_ext):
     """build_ext that writes one build.ninja and runs it."""
 
@@ -128,7 +160,11 @@ def ninja_text(out, includes, nvcc):
     debug = os.environ.get("CGPT_DEBUG") == "1"
     # The kernels are vectorised by hand: -O3 runs them no faster and takes twice as long to build.
     optimise = "-O1 -g -D_GLIBCXX_ASSERTIONS" if debug else "-O2 -DNDEBUG"
-    binding = " ".join(f"-isystem {i}" for i in includes) + (" -DCGPT_CUDA" if nvcc else "")
+    architectures = cuda_architectures()
+    hopper = nvcc and "90a" in architectures
+    cutlass = cutlass_flags() if hopper else []
+    built = ["-DCGPT_CUDA"] * bool(nvcc) + ["-DCGPT_HOPPER"] * bool(hopper) + cutlass[:1]
+    binding = " ".join([*(f"-isystem {i}" for i in includes), *built])
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
@@ -154,23 +190,27 @@ def ninja_text(out, includes, nvcc):
         for tier, (level, flags) in TIERS.items():
             defines = f"-DCGPT_TIER={tier} -DCGPT_TIER_LEVEL={level}"
             add("cxx", source, f".{tier}", " ".join([defines, *TIER_FLAGS, *flags]))
+    host_compiler = cxx.split()[-1]  # nvcc takes no launcher such as ccache in front of it
     if nvcc:
-        first, *others = os.environ.get("CGPT_CUDA_ARCHS", "80;90a").split(";")
+        first, *others = architectures
         codes = [f"-gencode arch=compute_{first},code=[sm_{first},compute_{first}]"]
         codes += [f"-gencode arch=compute_{a},code=sm_{a}" for a in others]
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} -MMD -MF $out.d -ccbin {cxx} {' '.join(NVCC_FLAGS)}"
-            f" {' '.join(codes)} -c $in -o $out",
+            f"  command = {nvcc} -MMD -MF $out.d -ccbin {host_compiler} {' '.join(NVCC_FLAGS)}"
+            f" {' '.join(built)} $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = NVCC $out",
         ]
         for source in [*sources("gpt/*_cuda.cu"), *sources("ops/*/*_cuda.cu")]:
-            add("nvcc", source)
+            add("nvcc", source, flags=" ".join(codes))
+        for source in sources("ops/*/*_hopper.cu") if hopper else ():
+            code = "-gencode arch=compute_90a,code=sm_90a"
+            add("nvcc", source, flags=" ".join([code, *cutlass[1:]]))
     link = f"{cxx} -shared -fopenmp"
     if nvcc:  # nvcc knows its libraries; the static runtime loads where there is no CUDA at all
-        link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xcompiler -fopenmp"
+        link = f"{nvcc} -ccbin {host_compiler} -shared -cudart static -Xcompiler -fopenmp"
     lines += [
         "rule link",
         f"  command = {link} -o $out $in",
@@ -185,7 +225,7 @@ def host_text(out, includes, name, kernel_flags, flags):
     """The build.ninja of a module of HOST_MODULES."""
     cxx = os.environ.get("CXX", "g++")
     native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else ""
-    everything = f"-O2 {native} {flags} -DCGPT_CUDA_HOST={name}"
+    everything = f"-O2 {native} {flags} -DCGPT_CUDA_HOST={name} -DCGPT_HOPPER"
     binding = " ".join(f"-isystem {i}" for i in includes)
     lines = [
         "ninja_required_version = 1.5",
@@ -206,6 +246,7 @@ def host_text(out, includes, name, kernel_flags, flags):
         ("cuda/*_test.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
         ("gpt/*_cuda.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
         ("ops/*/*_cuda.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
+        ("ops/*/*_hopper.cu", f"-Wno-unknown-pragmas {kernel_flags}"),
     ):
         for source in sources(pattern):
             objects.append(source.replace("/", ".") + ".o")

@@ -1,7 +1,8 @@
 """Benchmarks of the ops: time, bound and share of the bound, beside eager and torch.compile.
 
 A case is checked against the numerics rule first; where that fails no speed-up is given. On a GPU
-cases are also timed beside each of torch's own fused attentions and other libraries that take them.
+cases are also timed beside each of torch's own fused attentions and other libraries that take them,
+and what the kernels for Hopper take with those switched on.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Row:
     gradients: bool = False  # forward and backward
     peers_us: dict[str, float] = field(default_factory=dict)  # minima of other libraries
     peers_us_median: dict[str, float] = field(default_factory=dict)
+    hopper_us: float | None = None  # ours with the kernels for Hopper, minimum
     peak_bytes: dict[str, int] = field(default_factory=dict)  # on a GPU: of one call, beyond inputs
 
     @property
@@ -151,6 +153,24 @@ def _libraries(case: Case, inputs: dict) -> dict[str, Callable]:
     return {}
 
 
+def _on_hopper(call: Callable) -> Callable | None:
+    """call with the kernels for Hopper (csrc/cuda/hopper.h) switched on, or None: they leave it."""
+    kernels = backends.cuda_kernels()
+    if not getattr(kernels, "hopper_kernels", ()):
+        return None
+
+    def switched():
+        before = kernels.use_hopper(True)
+        try:
+            return call()
+        finally:
+            kernels.use_hopper(before)
+
+    launches = kernels.hopper_launches()
+    switched()
+    return switched if kernels.hopper_launches() > launches else None
+
+
 def _with_gradients(call: Callable, inputs: dict) -> Callable:
     """call and the gradients of every differentiable input."""
     leaves = [inputs[name].requires_grad_() for name in differentiable(inputs)]
@@ -216,6 +236,9 @@ def measure(
     on_gpu = device == "cuda"
     if gradients:
         candidates = {name: _with_gradients(c, inputs) for name, c in candidates.items()}
+    hopper = _on_hopper(candidates["ours"]) if on_gpu else None
+    if hopper:
+        candidates["hopper"] = hopper
     with torch.set_grad_enabled(gradients):
         options = {"wait": torch.cuda.synchronize} if on_gpu else {}
         taken = timing.interleave(candidates, seconds=seconds, **options)
@@ -247,6 +270,7 @@ def measure(
         gradients=gradients,
         peers_us={name: taken[name].minimum * 1e6 for name in peers},
         peers_us_median={name: taken[name].median * 1e6 for name in peers},
+        hopper_us=taken["hopper"].minimum * 1e6 if hopper else None,
         peak_bytes=peaks,
     )
 
@@ -332,8 +356,9 @@ def run(
                 )
                 rows.append(row)
                 show(line(row))
-                if row.peers_us:
-                    show("  " + ", ".join(f"{k} {v:.1f}" for k, v in row.peers_us.items()))
+                others = row.peers_us | ({"ours on Hopper": row.hopper_us} if row.hopper_us else {})
+                if others:
+                    show("  " + ", ".join(f"{k} {v:.1f}" for k, v in others.items()))
                 if row.red:
                     show(f"  numerics: {row.red}")
         if out is None:

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, compiled for two GPUs that need not be there.
+"""Every CUDA kernel, compiled for two GPUs that need not be there; those for Hopper for that one.
 
 Held against tests/cuda_budget.json: registers and static shared memory at most what stands there,
 no spill, and the instructions that make a kernel fast where they stand there. The file is written
@@ -24,12 +24,16 @@ SOURCES = {  # by op, and what is composed of ops
     for folder in ("ops/*", "gpt")
     for p in sorted(ROOT.glob(f"csrc/{folder}/*_cuda.cu"))
 }
+HOPPER = {p.stem: p for p in sorted(ROOT.glob("csrc/ops/*/*_hopper.cu"))}
+SOURCES |= HOPPER
 ARCHITECTURES = ("sm_80", "sm_90a")
+COMPILED = [(op, a) for op in SOURCES for a in ARCHITECTURES if op not in HOPPER or a == "sm_90a"]
 
 # Name in the budget: what the disassembler shows.
 INSTRUCTIONS = {
     "mma": r"\bHMMA\b",
     "wgmma": r"\bHGMMA\b",
+    "tma": r"\bUTMALDG\b",
     "ldmatrix": r"\bLDSM\b",
     "copy_async_16": r"\bLDGSTS\S*\.128\b",
     "load_16": r"\bLDG(?!STS)\S*\.128\b",
@@ -44,7 +48,7 @@ def setup_script():
     return module
 
 
-def toolkit(monkeypatch=None):
+def toolkit(op, monkeypatch=None):
     """nvcc and the flags of the build; skips where there is none."""
     script = setup_script()
     if monkeypatch:
@@ -52,7 +56,12 @@ def toolkit(monkeypatch=None):
     nvcc = script.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    return nvcc, script.NVCC_FLAGS
+    if op != "gemm_hopper":
+        return nvcc, script.NVCC_FLAGS
+    headers = script.cutlass_flags()
+    if not headers:
+        pytest.skip(f"{script.CUTLASS} is not installed")
+    return nvcc, [*script.NVCC_FLAGS, *headers]
 
 
 def output_of(*command):
@@ -91,6 +100,8 @@ def compiled(op, architecture, nvcc, flags):
         command = [nvcc, *flags, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
         report = output_of(*command, SOURCES[op], "-o", cubin)
         code = output_of(disassembler(nvcc), "-sass", cubin)
+    # What ptxas says where the products of a warp group cannot run beside anything else.
+    assert "wgmma.mma_async instructions are serialized" not in report, report[-4000:]
     found = {}
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.split("'", 1)[0]
@@ -113,10 +124,9 @@ def version_of(nvcc):
     return re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("op", SOURCES)
+@pytest.mark.parametrize("op, architecture", COMPILED)
 def test_machine_code_stays_within_its_budget(op, architecture, monkeypatch):
-    nvcc, flags = toolkit(monkeypatch)
+    nvcc, flags = toolkit(op, monkeypatch)
     budget = json.loads(BUDGET.read_text())
     allowed = budget["kernels"].get(op, {})
     found = compiled(op, architecture, nvcc, flags)
@@ -161,6 +171,12 @@ def test_attention_of_16_bits_uses_tensor_cores_and_16_byte_copies():
                 )
 
 
+@pytest.mark.parametrize("op", HOPPER)
+def test_kernels_for_hopper_copy_by_tma_and_multiply_by_warp_groups(op):
+    for kernel, rows in json.loads(BUDGET.read_text())["kernels"][op].items():
+        assert {"wgmma", "tma"} <= {*rows["sm_90a"]["instructions"]}, kernel
+
+
 def test_aligned_layer_norm_moves_16_bytes_at_a_time():
     for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["layer_norm"].items():
         if kernel.endswith(", true>"):
@@ -172,11 +188,11 @@ def test_aligned_layer_norm_moves_16_bytes_at_a_time():
 
 def write(ops):
     """Compile the ops anew; the others keep what stands."""
-    nvcc, flags = toolkit()
     kernels = json.loads(BUDGET.read_text())["kernels"] if BUDGET.exists() else {}
     for op in ops or SOURCES:
         kernels[op] = {}
-        for architecture in ARCHITECTURES:
+        nvcc, flags = toolkit(op)
+        for architecture in [a for source, a in COMPILED if source == op]:
             for kernel, code in compiled(op, architecture, nvcc, flags).items():
                 if code.pop("spills"):
                     print(f"SPILLS: {kernel} for {architecture}", file=sys.stderr)
@@ -193,6 +209,7 @@ def write(ops):
         for op in sorted(kernels)
         if op in SOURCES
     )
+    nvcc, _ = toolkit("")
     BUDGET.write_text(
         f'{{\n "nvcc": {json.dumps(version_of(nvcc))},\n "kernels": {{\n{text}\n }}\n}}\n'
     )

@@ -78,6 +78,7 @@ MISUSES = {
     "shared_out_of_bounds": r"thread 127: reads 4 bytes at byte \d+ of shared memory, which has",
     "copy_not_waited_for": UNDER_WAY,
     "copy_read_by_another": f"{RACE}|{UNDER_WAY}",
+    "barrier_nobody_completes": "thread 9: waits at barrier_wait for what nobody brings",
     "unaligned": r"thread \d+: an access of 16 bytes is not aligned",
 }
 

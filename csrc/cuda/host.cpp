@@ -115,7 +115,8 @@ struct Machine {
   std::mutex one_launch;
   Thread threads[kMaxThreads];
   Waiting warps[kMaxThreads / 32];
-  const char* at[kMaxThreads] = {};  // what each thread waits for; nullptr: it runs or is ready
+  const char* at[kMaxThreads] = {};     // what each thread waits for; nullptr: it runs or is ready
+  const void* thing[kMaxThreads] = {};  // of sleep()
   bool finished[kMaxThreads] = {};
   int at_barrier = 0, done = 0;
 
@@ -196,6 +197,8 @@ std::string threads_text(const Thread& t) { return "thread " + std::to_string(t.
   const Thread* waiting = nullptr;
   for (int i = 0; i < place.threads && !waiting; ++i)
     if (m.at[i]) waiting = &m.threads[i];
+  if (m.thing[waiting->index])
+    misuse(std::string("waits at ") + m.at[waiting->index] + " for what nobody brings", waiting);
   const bool barrier = std::strcmp(m.at[waiting->index], "block_barrier") == 0;
   // A warp collective concerns its own lanes: name one of those.
   const int begin = barrier ? 0 : waiting->warp * 32;
@@ -213,6 +216,8 @@ std::string threads_text(const Thread& t) { return "thread " + std::to_string(t.
 
 // Hands over to a ready thread; returns when this one is resumed.
 void hand_over(Machine& m) {
+  while (m.count == 0 && late_copy()) {
+  }
   if (m.count == 0) {
     if (m.done == place.threads) leave(m);
     stuck(m);
@@ -257,6 +262,7 @@ void run_block(Machine& m) {
   m.head = m.count = 0;
   for (int w = 0; w < place.threads / 32; ++w) m.warps[w].arrived = 0;
   std::fill_n(m.at, place.threads, nullptr);
+  std::fill_n(m.thing, place.threads, nullptr);
   std::fill_n(m.finished, place.threads, false);
   std::memset(place.shared, 0xff, static_cast<size_t>(place.shared_bytes));
   shadow_new_block();
@@ -264,6 +270,7 @@ void run_block(Machine& m) {
     m.newest_first = draw(m) >> 63;
     shuffle_order(m, m.order, place.threads);
   }
+  hopper_new_block(place.threads, m.shuffled && draw(m) >> 63);
   for (int i = 0; i < place.threads; ++i) {
     Thread& t = m.threads[m.order[i]];
 #ifdef __SANITIZE_ADDRESS__
@@ -363,6 +370,35 @@ void block_barrier() {
   for (int i = 0; i < place.threads; ++i) {
     m.at[m.order[i]] = nullptr;
     push(m, m.order[i]);
+  }
+  hand_over(m);
+}
+
+void sleep(const char* name, const void* thing) {
+  Machine& m = machine();
+  m.at[current->index] = name, m.thing[current->index] = thing;
+  hand_over(m);
+}
+
+void wake(const void* thing) {
+  Machine& m = machine();
+  for (int i = 0; i < place.threads; ++i) {
+    const int thread = m.order[i];
+    if (m.thing[thread] != thing) continue;
+    m.at[thread] = nullptr, m.thing[thread] = nullptr;
+    push(m, thread);
+  }
+}
+
+void step_aside() {
+  Machine& m = machine();
+  // at the end that is taken last
+  if (m.newest_first) {
+    m.head = (m.head + kMaxThreads - 1) % kMaxThreads;
+    m.ready[m.head] = static_cast<uint16_t>(current->index);
+    ++m.count;
+  } else {
+    push(m, current->index);
   }
   hand_over(m);
 }

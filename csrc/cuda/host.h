@@ -34,6 +34,11 @@ void warp_barrier();
 // lane i passed as `mine`.
 void warp_collective(const char* name, void (*perform)(void* const* lanes), void* mine);
 
+// Lets the current thread wait for a thing, all go on that do, and others run first.
+void sleep(const char* name, const void* thing);
+void wake(const void* thing);
+void step_aside();
+
 // Ends the launch with an error that names op, block and thread (the current one by default).
 [[noreturn]] void misuse(const std::string& what, const Thread* thread = nullptr);
 
@@ -54,6 +59,37 @@ int atomic_add(int* p, int n);
 
 float to_float(uint16_t bits_of_f16);
 uint16_t to_f16(float x);
+
+// ---- Hopper (hopper.cuh) ------------------------------------------------------------------------
+
+struct Barrier {
+  int16_t arrivals, arrived, phase, unused;
+  int bytes;  // that are expected and have not come
+};
+struct TensorMap {
+  const uint16_t* data;
+  int64_t shape[4], strides[4];
+  int rows;  // of a box
+};
+struct Wgmma {
+  float* d;
+  const uint32_t* a_registers;  // or nullptr: then a describes shared memory
+  uint64_t a, b;
+  int N;
+  bool add, is_bf16;
+};
+uint32_t shared_offset(const void* p);
+void barrier_init(Barrier& b, int arrivals);
+void barrier_arrive(Barrier& b, int bytes);
+void barrier_wait(Barrier& b, int parity);
+void copy_box(void* shared, const TensorMap& map, Barrier& b, int column, int row, int head,
+              int batch);
+void group_barrier(int id, int threads);
+void wgmma(const Wgmma& op);
+void wgmma_end();
+void wgmma_wait(int groups);
+void hopper_new_block(int threads, bool late);  // late: copies come when nobody can go on without
+bool late_copy();                               // brings one; false: there is none
 
 // ---- accesses to shared memory ------------------------------------------------------------------
 

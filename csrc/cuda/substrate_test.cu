@@ -1,7 +1,7 @@
 // Small kernels that ask the substrate itself: what its instructions give, and whether the host
 // implementation notices what is wrong. Built into the test-only modules, called by
 // tests/test_cuda_host.py; each takes up to two tensors and leaves its answer in `out`.
-#include "device.cuh"
+#include "hopper.cuh"
 #include "launch.h"
 #include "substrate_test.h"
 
@@ -81,6 +81,7 @@ enum class Wrong {
   copy_read_by_another,
   unaligned,
   global_out_of_bounds,
+  barrier_nobody_completes,
   none,
 };
 
@@ -97,6 +98,7 @@ constexpr const char* kNames[] = {
     "copy_read_by_another",
     "unaligned",
     "global_out_of_bounds",
+    "barrier_nobody_completes",
     "none",
 };
 
@@ -147,6 +149,14 @@ __global__ void __launch_bounds__(kThreads) wrong_kernel(const float* in, float*
     out[i] = load<4>(in + i % 2)[0];
   } else if constexpr (wrong == Wrong::global_out_of_bounds) {
     out[i] = in[i + n];
+  } else if constexpr (wrong == Wrong::barrier_nobody_completes) {
+    Barrier& b = *shared<Barrier>();
+    block_barrier();
+    if (i == 0) barrier_init(b, 2);
+    block_barrier();
+    if (i == 0) barrier_arrive(b);
+    if (i == 9) barrier_wait(b, 0);
+    out[i] = in[i];
   } else {
     block_barrier();
     out[i] = v[(i + 1) % kThreads];

@@ -60,13 +60,11 @@ template <class T>
 void forward(const AttentionArgs& a, float* work) {
   const int64_t B = a.q.shape[0], H = a.q.shape[1], S_q = a.q.shape[2], D = a.q.shape[3];
   const int64_t S_k = a.k.shape[2], rows = B * H * S_q;
-  Result<T> result{heads_of<T>(a.out), nullptr, 0, 0, 0};
-  if (a.lse) {
-    const int64_t* s = a.lse.strides;
-    result.lse = a.lse.as<float>();
-    result.lse_b = s[0], result.lse_h = s[1], result.lse_s = s[2];
-  }
+  const Result<T> result = result_of<T>(a);
   if (S_q > kAttentionFewQueries) {
+#ifdef CGPT_HOPPER
+    if (attention_fwd_hopper(a)) return;
+#endif
     const auto c = call_of<T>(a, false);
     return with_width<T>(D, [&]<int kD>() {
       using S = typename Tiles<T, kD>::Fwd;

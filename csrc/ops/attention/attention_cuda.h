@@ -94,4 +94,8 @@ inline void attention_grad_check(const AttentionGradArgs& a, Device device) {
 void attention_fwd_cuda(const AttentionArgs& args, float* work);
 void attention_bwd_cuda(const AttentionGradArgs& args);
 
+// Runs the forward on Hopper's own instructions and returns true, or does nothing and returns false
+// (attention_hopper.cu).
+bool attention_fwd_hopper(const AttentionArgs& args);
+
 }  // namespace cgpt

@@ -75,6 +75,13 @@ struct Result {
   int64_t lse_b, lse_h, lse_s;
 };
 
+template <class T>
+Result<T> result_of(const AttentionArgs& a) {
+  if (!a.lse) return {heads_of<T>(a.out), nullptr, 0, 0, 0};
+  const int64_t* s = a.lse.strides;
+  return {heads_of<T>(a.out), a.lse.as<float>(), s[0], s[1], s[2]};
+}
+
 template <class S, class T>
 __global__ void __launch_bounds__(S::kThreads)
     attention_fwd_kernel(const Call<T> c, const Result<T> result) {

@@ -118,7 +118,13 @@ void product(const GemmProductArgs& args) {
     if (dense_a && p.a.rows <= kFewRows) {
       if (dense_b) launch_rows<T, true>(p, a);
       else launch_rows<T, false>(p, a);
-    } else if (!dense_a) {
+      return;
+    }
+#ifdef CGPT_CUTLASS
+    if (p.a.vectors && p.b.vectors && p.vectors && gemm_product_hopper(args, dense_a, dense_b))
+      return;
+#endif
+    if (!dense_a) {
       launch_tiles<T, false, false>(p, a);
     } else if (dense_b) {
       launch_tiles<T, true, true>(p, a);

@@ -91,4 +91,9 @@ inline void gemm_activation_bwd_check(const GemmActivationBwdArgs& p, Device dev
 void gemm_product_cuda(const GemmProductArgs& args);
 void gemm_activation_bwd_cuda(const GemmActivationBwdArgs& args);
 
+// Makes a product of 16-bit factors on Hopper's own instructions and returns true, or does nothing
+// and returns false (gemm_hopper.cu). For TMA: all matrices aligned to 16 bytes, as are their
+// lines, and sizes along lines multiples of 8; dense_a, dense_b: whether lines run along K.
+bool gemm_product_hopper(const GemmProductArgs& args, bool dense_a, bool dense_b);
+
 }  // namespace cgpt
