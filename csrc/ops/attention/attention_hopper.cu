@@ -34,9 +34,10 @@ void with_width(const AttentionArgs& a) {
 bool attention_fwd_hopper(const AttentionArgs& a) {
   const int64_t D = a.q.shape[3];
   const bool taken = hopper_wanted(a.q.device_index) && a.q.dtype != DType::f32 &&
-                     (D == 64 || D == 80 || D == 128) && a.k.shape[2] > 0 && !a.key_padding_mask &&
-                     !a.attn_bias && !a.alibi_slopes && a.dropout_p == 0.0 && a.scale > 0.0f &&
-                     mappable(a.q) && mappable(a.k) && mappable(a.v);
+                     a.k.dtype == a.q.dtype && (D == 64 || D == 80 || D == 128) &&
+                     a.k.shape[2] > 0 && !a.key_padding_mask && !a.attn_bias && !a.alibi_slopes &&
+                     a.dropout_p == 0.0 && a.scale > 0.0f && mappable(a.q) && mappable(a.k) &&
+                     mappable(a.v);
   if (!taken) return false;
   if (a.q.dtype == DType::bf16) with_width<bf16>(a);
   else with_width<f16>(a);
