@@ -7,7 +7,9 @@
 namespace cgpt::python {
 
 inline void bind_cuda_decoder(py::module_& m) {
-  py::class_<CudaDecoder>(m, "CudaDecoder", "The inference step of a GPT-2-class model on CUDA.")
+  // module_local: _C and _cuda_host, loaded in one process, both have it
+  py::class_<CudaDecoder>(m, "CudaDecoder", "The inference step of a GPT-2-class model on CUDA.",
+                          py::module_local())
       .def(py::init([](Tensor wte, Tensor wpe, const py::list& layers, const py::tuple& norm,
                        const py::tuple& head, int64_t heads, float eps,
                        const std::string& activation, float embeddings_scale) {
