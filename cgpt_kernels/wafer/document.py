@@ -79,8 +79,8 @@ formulas 4 %, micro and kernel rows 10 %, end to end 15 %. What is missed, and w
 
 Within their targets, but with a lean that has a cause:
 
-- *Decode leans with the grid*: 1 to 3 % slow on 420 x 420, 3 to 4 % fast on 660 x 660: an all-reduce
-  of the published programs grows by 350 cycles between these grids, the model's by 270.
+- *Decode leans with the grid*: 1 to 3 % slow on 420 x 420, 3 to 4 % fast on 660 x 660. Between
+  these the published programs' all-reduce grows by 350 cycles, the model's by 270.
 - *Decode's scalar code.* `scalar_function` spreads over all of the feed-forward's width what the
   published program spends on as many elements as the model is wide: its SiLU loop ends there, and
   each of its divisions costs several times as much.
