@@ -108,6 +108,19 @@ CGPT_INLINE VecF activate(VecF v) {
   return v;
 }
 
+// As store_n, to bf16 in one instruction where there is one, which takes denormals for zero.
+template <class Y>
+CGPT_INLINE void store_rounded(Y* p, VecF v, int64_t n) {
+#if CGPT_TIER_LEVEL >= 3
+  if constexpr (__is_same(Y, bf16)) {
+    const __mmask16 m = static_cast<__mmask16>(n >= kLanes ? 0xffff : (1u << n) - 1);
+    _mm256_mask_storeu_epi16(p, m, bit_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    return;
+  }
+#endif
+  store_n(p, v, n);
+}
+
 // One row from column n on, up to Dropout::kStrip columns where `words` are given.
 template <Activation activation, class T, class Y>
 CGPT_INLINE void finish_row(const GemmEpilogue<T, Y>& p, int64_t i, int64_t n, int64_t columns,
@@ -127,7 +140,7 @@ CGPT_INLINE void finish_row(const GemmEpilogue<T, Y>& p, int64_t i, int64_t n, i
     v = activate<activation>(v);
     if (words) v = p.dropout.apply(v, words + j);
     if (residual) v += load_n(residual + j, left);
-    store_n(y + j, v, left);
+    store_rounded(y + j, v, left);
   }
 }
 
