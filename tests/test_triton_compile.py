@@ -5,6 +5,7 @@ target. Tensors lie on the CPU, where autograd runs; Inductor's code is made for
 """
 
 import collections
+import functools
 import re
 import types
 
@@ -27,10 +28,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 import cgpt_kernels as ck  # noqa: E402
-from cgpt_kernels import backends, ops  # noqa: E402
+from cgpt_kernels import backends, ops, tune  # noqa: E402
 from cgpt_kernels.ops import registry  # noqa: E402
 from cgpt_kernels.testing import differentiable  # noqa: E402
-from cgpt_kernels.triton_substrate import launch  # noqa: E402
+from cgpt_kernels.triton_substrate import launch, machine_code  # noqa: E402
 from tests.triton_writes import OUTPUTS, writes  # noqa: E402
 
 if launch.INTERPRETED:
@@ -284,3 +285,15 @@ def test_what_goes_into_caches_on_disk_names_the_sources_and_the_table(tmp_path,
 def test_the_first_op_asked_for_brings_the_limits_of_all():
     backends.implementation("gemm", "triton")
     assert {"layer_norm", "add_layer_norm", "attention"} <= set(backends._LIMITS["triton"])
+
+
+@pytest.mark.parametrize("asked, told", [("none", "ieee"), ("tf32", "tf32")])
+def test_fp32_products_run_in_tf32_only_where_torch_was_told_so(asked, told):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, asked
+    try:
+        call = functools.partial(tune.gemm, 64, 64, 64, torch.float32)
+        launched = machine_code.record(call, "9.0")
+    finally:
+        matmul.fp32_precision = before
+    assert {x.arguments["PRECISION"] for x in launched if "PRECISION" in x.arguments} == {told}
