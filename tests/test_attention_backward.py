@@ -115,10 +115,11 @@ def test_a_bias_that_all_keys_share_gets_rounding_for_a_gradient(bias, dtype):
 
 
 @in_dtypes
-def test_what_keys_and_values_have_in_common_costs_no_digits(dtype):
-    inputs = case(Sq=300, Sk=300, D=64).inputs(dtype)
-    inputs["k"] += 3.0
-    inputs["v"] += 3.0
+@pytest.mark.parametrize("keys, values, S", [(3, 3, 300), (10, 10, 100), (0, 10, 100)])
+def test_what_keys_and_values_have_in_common_costs_no_digits(dtype, keys, values, S):
+    inputs = case(Sq=S, Sk=S, D=64).inputs(dtype)
+    inputs["k"] += keys
+    inputs["v"] += values
     hold_to_rule(ops.attention, inputs, gradients=True, backend="cpu")
 
 

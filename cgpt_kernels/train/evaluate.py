@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..gpt import GPT
 
 
@@ -45,9 +44,3 @@ def loss_of(
     finally:
         model.train(training)
     return total / tokens
-
-
-def fused_loss(model: GPT, inputs: Tensor, targets: Tensor, backend: str) -> Tensor:
-    """model(inputs, targets=targets) of a replaced model: the logits [B, S, V] are never held."""
-    hidden = model.hidden_states(inputs)
-    return ops.linear_cross_entropy(hidden, model.lm_head.weight, targets, backend=backend)

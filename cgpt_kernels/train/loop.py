@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .. import timing
 from ..gpt import GPT, GPTConfig
 from ..replace import replace
 from . import data, files, progress, state
-from .evaluate import fused_loss, loss_of
+from .evaluate import loss_of
 from .order import Mixture, Windows
 from .settings import Plan, Settings, new_config, plan, with_dropout
 
@@ -220,7 +219,7 @@ class _Run:
         total, first = 0.0, self.step * settings.windows
         for part in range(settings.accumulate):
             inputs, targets = self.data.batch(first + part * settings.batch, settings.batch)
-            loss = self._loss(inputs, targets)
+            loss = self.model(inputs, targets=targets)
             (loss / settings.accumulate).backward()
             self._collect()
             total += loss.item() / settings.accumulate
@@ -238,11 +237,6 @@ class _Run:
             self._round(self.model)
         self.step += 1
         return total, norm.item()
-
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if self.settings.backend == "eager":
-            return self.model(inputs, targets=targets)
-        return fused_loss(self.model, inputs, targets, self.settings.backend)
 
     @torch.no_grad()
     def _collect(self) -> None:

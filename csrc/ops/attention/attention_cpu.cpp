@@ -161,17 +161,22 @@ void backward(const AttentionBwdArgs& a) {
     if (a.dbias) a.dbias.dtype == DType::f32 ? zero_rows<float>(a.dbias) : zero_rows<T>(a.dbias);
     return;
   }
-  float* stats = static_cast<float*>(
-      thread_scratch(1, static_cast<size_t>(RowStats::kFloats * heads * S_q) * sizeof(float)));
+  const int64_t size = RowStats::kFloats * heads * S_q;
+  float* stats =
+      static_cast<float*>(thread_scratch(1, static_cast<size_t>(size + heads) * sizeof(float)));
   // Of one key the weight is 1 to the last bit, and dS is 0 only where delta is dP itself.
-  const bool exact = !a.fwd.row_stats || a.dbias || S_q <= kDecodeRows<T> || S_k == 1;
-  parallel_items(heads * chunks, kRowsM * D * (exact ? S_k : 1), [&](int64_t item) {
+  const bool all_exact = !a.fwd.row_stats || a.dbias || S_q <= kDecodeRows<T> || S_k == 1;
+  float* exact = stats + size;  // [heads]: a head's bits do not depend on the others
+  parallel_items(heads, all_exact ? 1 : S_k * D, [&](int64_t head) {
+    exact[head] = all_exact || values_in_common<T>(a, head / H, head % H) ? 1.0f : 0.0f;
+  });
+  parallel_items(heads * chunks, kRowsM * D * (all_exact ? S_k : 1), [&](int64_t item) {
     // The last rows see the most keys.
     const int64_t begin = (chunks - 1 - item / heads) * kRowsM, head = item % heads;
-    const int64_t end = min64(S_q, begin + kRowsM);
+    const int64_t b = head / H, h = head % H, end = min64(S_q, begin + kRowsM);
     const RowStats to(stats, head, S_q);
-    if (!exact) return RowPass<T>::of_forward(a, head / H, head % H, begin, end, to);
-    take_scratch<RowPass<T>>(end - begin, D).run(a, dropout, head / H, head % H, begin, end, to);
+    if (exact[head] == 0.0f) return RowPass<T>::of_forward(a, b, h, begin, end, to);
+    take_scratch<RowPass<T>>(end - begin, D).run(a, dropout, b, h, begin, end, to);
   });
   main_pass<T>(a, dropout, stats);
   if (!a.dbias) return;

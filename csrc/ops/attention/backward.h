@@ -220,27 +220,16 @@ struct HeadGradients : GradTile<T> {
   // times eager's error in dq at keys and values of mean 10. Numbers that near to the centre lose
   // no digit when it is subtracted.
   void find_centre(const AttentionBwdArgs& a, const LogitRule& rule, int64_t b, int64_t h) {
-    const int64_t S_k = a.fwd.k.shape[2], stride = a.fwd.k.strides[2];
-    const T* keys = Tile::head_of(a.fwd.k, b, h);
     centred = false;
-    for (int64_t d = 0; d < D; d += kLanes) {
-      VecF sum = zero(), squares = zero();
-      float count = 0.0f;
-      for (int64_t j = 0; j < S_k; ++j) {
-        if (rule.padding && rule.padding[j * rule.padding_stride]) continue;
-        const VecF x = load_n(keys + j * stride + d, D - d);
-        sum += x;
-        squares = fmadd(x, x, squares);
-        count += 1.0f;
-      }
-      const VecF mean = sum / set1(count > 0.0f ? count : 1.0f), square = mean * mean;
-      const VecF variance = squares / set1(count > 0.0f ? count : 1.0f) - square;
-      for (int64_t l = 0; l < min64(kLanes, D - d); ++l) {
-        const bool common = square[l] > 4.0f * variance[l] && square[l] < kInfinity;
-        centre[d + l] = common ? to_float(from_float<T>(mean[l])) : 0.0f;
-        centred |= common;
-      }
-    }
+    each_moment(Tile::head_of(a.fwd.k, b, h), a.fwd.k.strides[2], a.fwd.k.shape[2], D, rule,
+                [&](int64_t d, VecF mean, VecF variance) {
+                  const VecF square = mean * mean;
+                  for (int64_t l = 0; l < min64(kLanes, D - d); ++l) {
+                    const bool common = square[l] > 4.0f * variance[l] && square[l] < kInfinity;
+                    centre[d + l] = common ? to_float(from_float<T>(mean[l])) : 0.0f;
+                    centred |= common;
+                  }
+                });
   }
 
   // K, less its centre, as the right operand of dS K; zeros for padding, since zero gradients times

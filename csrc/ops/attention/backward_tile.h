@@ -123,6 +123,25 @@ struct GradTile {
   }
 };
 
+// Calls f(d, mean, variance) for vectors of columns of the S_k rows that are no padding.
+template <class T, class F>
+CGPT_INLINE void each_moment(const T* rows, int64_t stride, int64_t S_k, int64_t D,
+                             const LogitRule& rule, F&& f) {
+  for (int64_t d = 0; d < D; d += kLanes) {
+    VecF sum = zero(), squares = zero();
+    float count = 0.0f;
+    for (int64_t j = 0; j < S_k; ++j) {
+      if (rule.padding && rule.padding[j * rule.padding_stride]) continue;
+      const VecF x = load_n(rows + j * stride + d, D - d);
+      sum += x;
+      squares = fmadd(x, x, squares);
+      count += 1.0f;
+    }
+    const VecF n = set1(count > 0.0f ? count : 1.0f), mean = sum / n;
+    f(d, mean, squares / n - mean * mean);
+  }
+}
+
 // Gradients of dropped probabilities: what is dropped is selected, not multiplied, as do v^T may be
 // infinite there.
 CGPT_INLINE VecF dropped(VecF dp, VecF factor) {
