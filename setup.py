@@ -71,8 +71,9 @@ HOST_MODULES = {
 
 
 def sources(pattern):
-    """Sources of the module by suffix, relative to the project, sorted."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(pattern))
+    """Sources of the module by suffix, relative to the project, sorted; C++ tests are none."""
+    found = (ROOT / "csrc").glob(pattern)
+    return sorted(str(p.relative_to(ROOT)) for p in found if not p.name.endswith("_test.cpp"))
 
 
 def cuda_wanted():

@@ -74,11 +74,11 @@ def test_setup_and_cmake_compile_the_same_sources(setup_module, cmake_build):
     assert ninja == cmake
 
 
-def test_cpp_op_tests_pass(cmake_build):
+def test_cpp_tests_pass(cmake_build):
     ctest = [tool("ctest"), "--test-dir", cmake_build, "--output-on-failure"]
     done = subprocess.run(ctest, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
-    for source in ROOT.glob("csrc/ops/*/*_test.cpp"):
+    for source in (*ROOT.glob("csrc/ops/*/*_test.cpp"), *ROOT.glob("csrc/wafer/*_test.cpp")):
         assert source.stem in done.stdout
 
 

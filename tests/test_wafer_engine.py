@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cgpt_kernels.wafer import WSE2, WSE3, WaferSpec, collectives, engine, twin
+from cgpt_kernels.wafer import WSE2, WSE3, WaferSpec, collectives, engine, tiles, twin
 from cgpt_kernels.wafer.program import (
     ADVANCE_PATH,
     EAST,
@@ -251,6 +251,21 @@ def test_the_same_run_twice_gives_the_same_log():
     program = collectives.build("allreduce", "two_phase", (4, 5), 9, WSE2)
     first, second = (engine.run(program, log=9999) for _ in range(2))
     np.testing.assert_array_equal(first.log, second.log)
+
+
+def test_two_threads_leave_what_one_leaves():
+    # 32 x 33 cores are enough for a second thread; a log is written by one
+    random = np.random.default_rng(0)
+    for program in (
+        tiles.build(WSE2, 33, 32, "summa", tiles.Tiles(2, 2, 2)),
+        collectives.build("allreduce", "two_phase", (33, 32), 8, WSE3),
+    ):
+        shape = (33, 32, program.words)
+        program.memory = random.integers(-4, 5, shape).astype(np.float32)
+        one, two = engine.run(program, log=1), engine.run(program)
+        assert one.cycles == two.cycles
+        for what in ("statistics", "phases", "memory"):
+            np.testing.assert_array_equal(getattr(one, what), getattr(two, what), what)
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -221,12 +221,9 @@ class Twin:
                 c.halted, c.in_task = True, False
                 self.count(core, "finish", self.now)
                 self.cycles = max(self.cycles, self.now)
-            elif op == "activate":
-                c.active.add(code.task)
-            elif op == "block":
-                c.blocked.add(code.task)
-            elif op == "unblock":
-                c.blocked.discard(code.task)
+            elif op in ("activate", "block", "unblock"):
+                tasks = c.active if op == "activate" else c.blocked
+                (tasks.discard if op == "unblock" else tasks.add)(code.task)
             elif op == "wait":
                 if c.threads[code.thread]:
                     return
@@ -250,16 +247,15 @@ class Twin:
 
         steps = (c.round + code.ahead) % code.wrap if code.wrap else c.round
 
-        def operand(base, stride, step, alt):
+        def operand(name):
+            base, stride, step, alt = (getattr(code, f"{name}{n}") for n in range(4))
             return (base + step * steps + (c.round & 1) * alt if base >= 0 else -1, stride)
 
         flags = 0 if code.wrap and steps + 1 < code.wrap else code.flags
         c.threads[n] = SimpleNamespace(
             code=code, flags=flags, position=0, remaining=code.beats,
             ready=self.now + code.startup, done=None,
-            to=operand(code.to0, code.to1, code.to2, code.to3),
-            a=operand(code.a0, code.a1, code.a2, code.a3),
-            b=operand(code.b0, code.b1, code.b2, code.b3))  # fmt: skip
+            to=operand("to"), a=operand("a"), b=operand("b"))  # fmt: skip
         self.event(self.now, core, n, code, 0)
         if n != MAIN:
             c.next = self.now + 1
@@ -290,17 +286,11 @@ class Twin:
                 self.finish(core, c, n)
             return
         self.count(core, "fabric")
-        i = t.position % code.period if code.period else t.position
-        x = np.float32(0)
+        x = None
         if code.read >= 0:
             x = self.inbox[core, code.read].pop(now).value
             self.count(core, "received")
-        elif m is not None:
-            x = m[t.a[0] + i * t.a[1]]
-        if m is not None and t.b[0] >= 0:
-            x = _APPLY[FUNCTIONS[code.function]](x, m[t.b[0] + i * t.b[1]])
-        if m is not None and t.to[0] >= 0:
-            m[t.to[0] + i * t.to[1]] = x
+        x = self.word(t, m, t.position, x)
         t.position += 1
         last = t.position == code.len
         if code.send >= 0:
@@ -310,19 +300,26 @@ class Twin:
         if last:
             self.finish(core, c, n)
 
+    def word(self, t, m, n, x):
+        """Word n of a vector instruction, from the fabric (x) or memory, to memory and returned."""
+        if m is None:
+            return np.float32(0)
+        n = n % t.code.period if t.code.period else n
+        first, second = (m[o[0] + n * o[1]] if o[0] >= 0 else None for o in (t.a, t.b))
+        x = first if x is None else x
+        x = x if second is None else _APPLY[FUNCTIONS[t.code.function]](x, second)
+        if t.to[0] >= 0:
+            m[t.to[0] + n * t.to[1]] = x
+        return x
+
     def compute(self, t, m):
         code = t.code
         if OPS[code.op] == "vec":
-            for word in range(code.len):
-                i = word % code.period if code.period else word
-                y = m[t.b[0] + i * t.b[1]] if t.b[0] >= 0 else np.float32(0)
-                m[t.to[0] + i * t.to[1]] = _APPLY[FUNCTIONS[code.function]](
-                    m[t.a[0] + i * t.a[1]], y
-                )
+            for n in range(code.len):
+                self.word(t, m, n, None)
         elif OPS[code.op] == "macs":
-            out = m[t.to[0] : t.to[0] + code.m * code.n].reshape(code.m, code.n)
-            a = m[t.a[0] : t.a[0] + code.m * code.k].reshape(code.m, code.k)
-            b = m[t.b[0] : t.b[0] + code.k * code.n].reshape(code.k, code.n)
+            shapes = ((t.to, code.m, code.n), (t.a, code.m, code.k), (t.b, code.k, code.n))
+            out, a, b = (m[o[0] : o[0] + r * c].reshape(r, c) for o, r, c in shapes)
             for k in range(code.k):
                 out += a[:, k : k + 1] * b[k]
 

@@ -34,11 +34,12 @@ Operand in_round(Operand o, int32_t round, int32_t steps) {
 }  // namespace
 
 void Grid::log(int64_t cycle, int64_t core, int thread, const Instruction* i, int what) {
+  if (!out_.log) return;  // then two threads may come by
   if (out_.logged < out_.log_room) {
     int64_t* row = out_.log + 5 * out_.logged;
     row[0] = cycle, row[1] = core, row[2] = thread, row[3] = i - program_.code, row[4] = what;
   }
-  out_.logged += out_.log != nullptr;
+  ++out_.logged;
 }
 
 void Grid::book(Core& c, int64_t core, const Instruction& i, int64_t until) {
@@ -90,7 +91,6 @@ void Grid::fetch(Core& c, int64_t core) {
         c.halted = true;
         c.in_task = false;
         statistic(core, kFinish) = now_;
-        out_.cycles = std::max(out_.cycles, now_);
         break;
       case Op::activate: c.active |= 1u << i.task; break;
       case Op::block: c.blocked |= 1u << i.task; break;

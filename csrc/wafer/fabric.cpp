@@ -1,6 +1,5 @@
 // Routers: static routes per colour with switch positions, multicast, back-pressure.
 #include <algorithm>
-#include <bit>
 #include <stdexcept>
 
 #include "grid.h"
@@ -68,7 +67,8 @@ void Grid::visit_router(int64_t core) {
     }
     Route& r = routes_[channel.route];
     if (!(r.receive[r.current] >> channel.port & 1)) continue;  // until the switch advances
-    if (std::popcount(r.receive[r.current]) > 1 && two_sources(r, channel.port))
+    const unsigned receive = r.receive[r.current];
+    if ((receive & (receive - 1)) && two_sources(r, channel.port))
       throw std::runtime_error("wafer: two sources deliver on one colour: colour " +
                                std::to_string(r.colour) + " at " + at(core) + " in cycle " +
                                std::to_string(now_));

@@ -1,13 +1,62 @@
 // Set-up of a run, the calendar, and what is said when a program does not come to its end.
 #include "grid.h"
 
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
 #include <stdexcept>
+#include <thread>
 
 namespace cgpt::wafer {
 
 namespace {
 
 constexpr int kOpposite[kPorts] = {kSouth, kWest, kNorth, kEast, kRamp};
+
+// A thread that does the same work again at each start. Cycles are microseconds apart, so both
+// sides look for a while before they sleep.
+class Partner {
+ public:
+  template <class Work>
+  explicit Partner(Work work)
+      : thread_([this, work] {
+          for (int64_t turn = 0; await(started_, turn) != kStop;) {
+            work();
+            finished_.store(++turn, std::memory_order_release);
+            finished_.notify_one();
+          }
+        }) {}
+  ~Partner() {
+    started_.store(kStop, std::memory_order_release);
+    started_.notify_one();
+    thread_.join();
+  }
+  void start() {
+    started_.store(++turn_, std::memory_order_release);
+    started_.notify_one();
+  }
+  void finish() { await(finished_, turn_ - 1); }
+
+ private:
+  static constexpr int64_t kStop = -1;
+  static constexpr int kLooks = 2000;
+  static int64_t await(std::atomic<int64_t>& value, int64_t old) {
+    for (int look = 0; look < kLooks; ++look) {
+      if (value.load(std::memory_order_acquire) != old) break;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    value.wait(old, std::memory_order_acquire);
+    return value.load(std::memory_order_acquire);
+  }
+  alignas(64) std::atomic<int64_t> started_{0};
+  alignas(64) std::atomic<int64_t> finished_{0};
+  int64_t turn_ = 0;
+  std::thread thread_;
+};
 
 }  // namespace
 
@@ -17,7 +66,13 @@ Grid::Grid(const Constants& constants, const ProgramView& program, Results& resu
   router_visited_.assign(cores_, -1);
   router_scheduled_.assign(cores_, -1);
   core_.resize(cores_);
-  ring_.resize(kRing);
+  for (Calendar& c : calendar_) c.ring.resize(kRing);
+  const int64_t middle = k_.height / 2;
+  second_half_ = cores_;
+  if (cores_ >= kCores && middle >= 2 && !out_.log && omp_get_max_threads() > 1) {
+    second_half_ = middle * k_.width;
+    edge_begin_ = second_half_ - k_.width, edge_end_ = second_half_ + k_.width;
+  }
   for (int64_t core = 0; core < cores_; ++core) {
     const int32_t own = program_.core_class[core];
     if (own < 0) {  // a core without a program
@@ -97,37 +152,91 @@ void Grid::wake(Kind kind, int64_t core, int64_t cycle) {
   if (scheduled == cycle) return;
   scheduled = cycle;
   const uint32_t item = static_cast<uint32_t>(core) << 1 | kind;
+  Calendar& calendar = calendar_[core >= second_half_];
   if (cycle - now_ < kRing) {
-    ring_[cycle % kRing].push_back(item);
-    ++in_ring_;
+    calendar.ring[cycle % kRing].push_back(item);
+    ++calendar.in_ring;
   } else {
-    far_.push({cycle, item});
+    calendar.far.push({cycle, item});
+  }
+}
+
+// A visit waits for memory most of the time: the whole grid is larger than a core's caches.
+void Grid::fetch_early(uint32_t item) const {
+  const int64_t core = item >> 1;
+  if ((item & 1) == kCore) {
+    const char* c = reinterpret_cast<const char*>(&core_[core]);
+    for (size_t line = 0; line < sizeof(Core); line += 64) __builtin_prefetch(c + line);
+  } else {
+    const int32_t first = first_channel_[core], end = first_channel_[core + 1];
+    for (int32_t n = first; n < end; ++n) {
+      __builtin_prefetch(&channels_[n]);
+      __builtin_prefetch(&routes_[channels_[n].route]);
+    }
+  }
+}
+
+void Grid::take_today(Calendar& c) {
+  std::vector<uint32_t>& slot = c.ring[now_ % kRing];
+  while (!c.far.empty() && c.far.top().first == now_) {
+    slot.push_back(c.far.top().second);
+    ++c.in_ring;
+    c.far.pop();
+  }
+  c.today.swap(slot);
+}
+
+void Grid::visit(uint32_t item) {
+  if ((item & 1) == kCore) visit_core(item >> 1);
+  else visit_router(item >> 1);
+}
+
+void Grid::work(Calendar& c) {
+  try {
+    for (size_t n = 0; n < c.today.size(); ++n) {
+      if (n + kAhead < c.today.size()) fetch_early(c.today[n + kAhead]);
+      const uint32_t item = c.today[n];
+      const int64_t core = item >> 1;
+      if ((item & 1) == kRouter && core >= edge_begin_ && core < edge_end_) c.edge.push_back(item);
+      else visit(item);
+    }
+  } catch (...) {
+    c.error = std::current_exception();
   }
 }
 
 void Grid::run() {
-  std::vector<uint32_t> today;
-  while (in_ring_ || !far_.empty()) {
-    if (!in_ring_) now_ = far_.top().first;
+  Calendar &first = calendar_[0], &second = calendar_[1];
+  std::optional<Partner> partner;
+  if (second_half_ < cores_) partner.emplace([&] { work(second); });
+  while (first.in_ring || second.in_ring || !first.far.empty() || !second.far.empty()) {
+    if (!first.in_ring && !second.in_ring) {
+      now_ = kNever;
+      for (const Calendar& c : calendar_)
+        if (!c.far.empty()) now_ = std::min(now_, c.far.top().first);
+    }
     if (now_ > k_.max_cycles)
       throw std::runtime_error("wafer: the program runs beyond max_cycles = " +
                                std::to_string(k_.max_cycles));
-    std::vector<uint32_t>& slot = ring_[now_ % kRing];
-    while (!far_.empty() && far_.top().first == now_) {
-      slot.push_back(far_.top().second);
-      ++in_ring_;
-      far_.pop();
+    take_today(first);
+    take_today(second);
+    const bool together = partner && first.today.size() + second.today.size() >= kTogether;
+    if (together) partner->start();
+    work(first);
+    if (together) partner->finish();
+    else work(second);
+    for (Calendar& c : calendar_) {
+      if (c.error) std::rethrow_exception(c.error);
+      for (const uint32_t item : c.edge) visit(item);
+      c.edge.clear();
+      c.in_ring -= static_cast<int64_t>(c.today.size());
+      out_.events += static_cast<int64_t>(c.today.size());
+      c.today.clear();
     }
-    today.swap(slot);
-    for (const uint32_t item : today) {
-      if ((item & 1) == kCore) visit_core(item >> 1);
-      else visit_router(item >> 1);
-    }
-    in_ring_ -= static_cast<int64_t>(today.size());
-    out_.events += static_cast<int64_t>(today.size());
-    today.clear();
     ++now_;
   }
+  for (int64_t core = 0; core < cores_; ++core)
+    out_.cycles = std::max(out_.cycles, statistic(core, kFinish));
   check_the_end();
 }
 

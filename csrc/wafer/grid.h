@@ -9,6 +9,7 @@
 // with no room holds its sender back.
 #pragma once
 
+#include <exception>
 #include <limits>
 #include <queue>
 #include <string>
@@ -114,6 +115,20 @@ class Grid {
  private:
   enum Kind : uint32_t { kRouter, kCore };
 
+  // The calendar of a half of the grid: a ring of the next cycles, and a heap for what is further
+  // away. Large grids are run by two threads, each with the rows of one half. Within a cycle only
+  // the routers of the two rows where they meet touch both: these are visited when all else is
+  // done.
+  struct Calendar {
+    std::vector<std::vector<uint32_t>> ring;
+    std::priority_queue<std::pair<int64_t, uint32_t>, std::vector<std::pair<int64_t, uint32_t>>,
+                        std::greater<>>
+        far;
+    int64_t in_ring = 0;
+    std::vector<uint32_t> today, edge;
+    std::exception_ptr error;
+  };
+
   void build_routes();
   Queue make_queue(int64_t room);
   int64_t neighbour(int64_t core, int port) const;
@@ -140,6 +155,10 @@ class Grid {
   const Wavelet& head(const Queue& q) const { return pool_[q.begin + q.head]; }
 
   void wake(Kind kind, int64_t core, int64_t cycle);
+  void take_today(Calendar& calendar);
+  void visit(uint32_t item);
+  void work(Calendar& calendar);
+  void fetch_early(uint32_t item) const;
   void check_the_end() const;
   std::string why_stuck(int64_t core) const;
 
@@ -167,13 +186,12 @@ class Grid {
   std::vector<Queue> inbox_;  // core queues, by route
   std::vector<Core> core_;
 
-  // The calendar: a ring of the next cycles, and a heap for what is further away.
   static constexpr int64_t kRing = 1024;
-  std::vector<std::vector<uint32_t>> ring_;
-  std::priority_queue<std::pair<int64_t, uint32_t>, std::vector<std::pair<int64_t, uint32_t>>,
-                      std::greater<>>
-      far_;
-  int64_t in_ring_ = 0;
+  static constexpr size_t kAhead = 4;       // visits between asking for memory and using it
+  static constexpr size_t kTogether = 192;  // visits in a cycle that are worth a second thread
+  static constexpr int64_t kCores = 1024;   // cores likewise
+  Calendar calendar_[2];
+  int64_t second_half_ = 0, edge_begin_ = 0, edge_end_ = 0;  // first cores of these
 };
 
 // Raise std::invalid_argument where a program names what it was not given.
