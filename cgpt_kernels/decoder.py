@@ -7,7 +7,7 @@ B sequences, S new tokens, T cached + new ones, C width, L layers, H heads, D = 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ class Projection:
         if isinstance(w, PackedWeight):
             return w.data, w.format, w.N, w.K, w.group or 0, self.bias, lora
         return w, self.layout, self.bias, lora
+
+    def along_inputs(self) -> Projection:
+        return (
+            self
+            if self.layout == "nk"
+            else replace(self, weight=self.weight.t().contiguous(), layout="nk")
+        )
 
 
 Norm = tuple[Tensor, Tensor | None]  # weight, bias
@@ -82,6 +89,15 @@ class Parts:
         head = self.head.as_tuple()
         rest = self.n_head, self.eps, self.activation
         return self.wte, self.wpe, layers, self.norm, head, *rest
+
+    def along_inputs(self) -> Parts:
+        """The same with every weight [N, K]: those that are stored [K, N] are copied."""
+        names = ("qkv", "proj", "fc", "out")
+        layers = [
+            replace(layer, **{name: getattr(layer, name).along_inputs() for name in names})
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers, head=self.head.along_inputs())
 
 
 def kind_for(asked: str, wte: Tensor) -> str | None:
@@ -161,11 +177,16 @@ class CudaDecoder:
     Raises ValueError, naming the part, where shapes or dtypes do not fit together.
     """
 
+    # Whether a step of few sequences is one launch where its shape allows that
+    # (csrc/gpt/decoder_persistent.cuh): only where asked until a GPU has timed it.
+    AT_ONCE = False
     # Steps that must be left for a capture to be made, which costs about as much as a few of them.
     WORTH_CAPTURING = 8
 
     def __init__(self, parts: Parts, tokens: Tensor, padding: Tensor | None = None):
         kernels = backends.cuda_kernels()
+        if self.AT_ONCE:
+            parts = parts.along_inputs()
         self.parts, self.tokens = parts, tokens  # the C++ object borrows the parts' memory
         self._decoder = kernels.CudaDecoder(*parts.as_arguments(), parts.embeddings_scale)
         (B, self.total), (V, C), H = tokens.shape, parts.wte.shape, parts.n_head
@@ -177,6 +198,10 @@ class CudaDecoder:
         self._room = new(B, self._columns)
         work = B * H * kernels.decoder_attention_cuda(self.total, D)
         self._work = new(work, dtype=torch.float32)
+        self._state: Tensor | None = None  # of the one launch
+        if self.AT_ONCE and self._decoder.at_once_fits(B):
+            words = kernels.decoder_persistent_state_cuda(B, H, self.total, D)
+            self._state = tokens.new_zeros(words, dtype=torch.int32)
         self._hidden = torch.ones_like(tokens, dtype=torch.bool)
         self._length = tokens.new_zeros(B)
         self._padding = self._length.clone() if padding is None else padding
@@ -205,7 +230,11 @@ class CudaDecoder:
 
     def _launch(self, room: Tensor) -> None:
         place = self.tokens, self._length, self._padding, self._hidden
-        self._decoder.step(*place, self.keys, self.values, room, self._work, self.logits)
+        tensors = *place, self.keys, self.values, room, self._work, self.logits
+        if self._state is not None and room is self._room:
+            self._decoder.step_at_once(*tensors, self._state)
+        else:
+            self._decoder.step(*tensors)
 
     def _capture(self) -> None:
         """One step as it is, which loads what it needs, then the graph of those to come."""

@@ -122,7 +122,7 @@ class _DecoderSteps:
 
     writes = False
 
-    def __init__(self, parts: decoder.Parts, kv_cache: str | None):
+    def __init__(self, parts: decoder.Parts, kv_cache: str | None = None):
         self.parts, self.kv_cache = parts, kv_cache
         self.vocab_size, self.n_positions = parts.wte.shape[0], parts.wpe.shape[0]
 

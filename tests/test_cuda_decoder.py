@@ -48,6 +48,16 @@ def order_of_threads(request, monkeypatch):
 in_every_order = pytest.mark.usefixtures("order_of_threads")
 
 
+@pytest.fixture(params=["by launches", "at once"])
+def at_once(request, monkeypatch):
+    """Both ways that a step of one token is launched."""
+    monkeypatch.setattr(CudaDecoder, "AT_ONCE", request.param == "at once")
+    return request.param == "at once"
+
+
+both_ways = pytest.mark.usefixtures("at_once")
+
+
 def replaced(model, device):
     model = model.to(device)
     ck.replace(model, backend="cuda")
@@ -63,6 +73,7 @@ def written(model, device, ids, total, padding=None):
     return made, made.step(ids.shape[1])
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [CONFIG, MUP], ids=["plain", "mup"])
 def test_logits_hold_the_numerics_rule(config, dtype, device):
@@ -78,6 +89,7 @@ def test_logits_hold_the_numerics_rule(config, dtype, device):
 FAMILIES = {"reference": reference, "hugging face": small_gpt2.make}
 
 
+@both_ways
 @in_every_order
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_generate_writes_eagers_tokens(family, device):
@@ -92,6 +104,7 @@ def test_generate_writes_eagers_tokens(family, device):
     )
 
 
+@both_ways
 def test_sequences_end_and_draws_are_fed_back(device):
     model = reference().to(device)
     ids = small_gpt2.tokens(2, 6).to(device)
@@ -107,6 +120,7 @@ def test_sequences_end_and_draws_are_fed_back(device):
         assert torch.equal(ck.generate(model, ids, 10, **way), tokens)
 
 
+@both_ways
 def test_a_prompt_of_one_token_and_the_last_position(device):
     model = reference(dataclasses.replace(CONFIG, n_positions=16)).to(device)
     ids = small_gpt2.tokens(2, 1).to(device)
@@ -115,6 +129,7 @@ def test_a_prompt_of_one_token_and_the_last_position(device):
     assert torch.equal(ck.generate(model, ids, 15), wanted)
 
 
+@both_ways
 def test_rows_do_not_depend_on_their_neighbours_and_runs_repeat(device):
     model = replaced(reference(dtype=torch.bfloat16), device)
     ids = small_gpt2.tokens(3, 9)
@@ -130,6 +145,7 @@ def test_rows_do_not_depend_on_their_neighbours_and_runs_repeat(device):
         assert torch.equal(alone.tokens[0], together.tokens[row])
 
 
+@both_ways
 def test_equal_logits_choose_the_first_and_nan_wins(device):
     model = replaced(reference(), device)
     model.lm_head.weight.zero_()
@@ -149,6 +165,7 @@ def test_widths_and_rows_of_any_alignment(device):
     assert torch.equal(ck.generate(model, ids, 6), wanted)
 
 
+@both_ways
 def test_nothing_of_memory_that_nobody_wrote_is_read(device, nan_filled_memory):
     model = replaced(reference(dtype=torch.bfloat16), device)
     ids, mask = (t.to(device) for t in small_gpt2.left_padded(2, 12))
@@ -158,7 +175,8 @@ def test_nothing_of_memory_that_nobody_wrote_is_read(device, nan_filled_memory):
         assert run.step().isfinite().all()
 
 
-def test_a_step_allocates_nothing_and_takes_the_same_arguments(device, monkeypatch):
+@both_ways
+def test_a_step_allocates_nothing_and_takes_the_same_arguments(device, at_once, monkeypatch):
     """What a graph needs: its pointers and numbers are those of every later step."""
     model = replaced(reference(), device)
     run, _ = written(model, device, small_gpt2.tokens(2, 5), 16)
@@ -167,13 +185,49 @@ def test_a_step_allocates_nothing_and_takes_the_same_arguments(device, monkeypat
     class Spy:
         def step(self, *tensors):
             calls.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
-            run_step(*tensors)
+            getattr(real, "step_at_once" if at_once else "step")(*tensors)
 
-    run_step, run._decoder = run._decoder.step, Spy()
+        step_at_once = step
+
+    real, run._decoder = run._decoder, Spy()
     monkeypatch.setattr(CudaDecoder, "WORTH_CAPTURING", 1000)
     for _ in range(4):
         run.step()
     assert all(call == calls[0] for call in calls) and len(calls) == 4
+
+
+WIDER = dataclasses.replace(CONFIG, n_embd=320, n_head=4, n_layer=1, n_inner=640, n_positions=80)
+
+
+def continued(run):
+    """A decoder that stands where `run` does."""
+    made = CudaDecoder(run.parts, run.tokens.clone(), run._padding)
+    for name in ("keys", "values", "_hidden", "_length"):
+        getattr(made, name).copy_(getattr(run, name))
+    made.length = run.length
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [1, 3])
+def test_one_launch_computes_what_many_do_on_any_number_of_blocks(B, dtype, device, monkeypatch):
+    """Several slices of K, heads that leave lanes idle, chunks of keys that one warp joins; another
+    seed is another order of threads and another number of blocks."""
+    model = replaced(reference(WIDER, dtype), device)
+    padding = torch.tensor([0, 64, 3], device=device)[:B]
+    many, _ = written(model, device, small_gpt2.tokens(B, 62), 80, padding)
+    monkeypatch.setattr(CudaDecoder, "AT_ONCE", True)
+    found = []
+    for seed in SEEDS:
+        monkeypatch.setenv("CGPT_CUDA_HOST_SEED", seed)
+        once = continued(many)
+        assert once._state is not None
+        found.append(torch.stack([once.step().clone() for _ in range(4)]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    wanted = torch.stack([many.step().clone() for _ in range(4)])
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.01}[dtype]
+    assert (found[0].double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+    assert dtype is not torch.float32 or torch.equal(once.tokens, many.tokens)
 
 
 @pytest.mark.skipif(not GPU, reason="no GPU")
@@ -195,6 +249,7 @@ def test_modules_run_where_the_decoder_cannot(device):
     assert decoder_parts(half) is None
 
 
+@both_ways
 def test_errors_name_what_does_not_fit(device):
     model = replaced(reference(), device)
     parts = decoder_parts(model)

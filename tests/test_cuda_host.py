@@ -55,6 +55,37 @@ def test_warp_collectives_and_block_sums():
     assert torch.equal(out[5], x.max().expand(THREADS))
 
 
+def grid(name, blocks=3):
+    x = torch.cat([torch.randn(THREADS), torch.zeros(2)])
+    out = torch.full((2, blocks, THREADS), float("nan"))
+    host.substrate_test(name, x, None, out)
+    return x[:THREADS], out[1]
+
+
+@in_every_order
+def test_blocks_of_a_cooperative_launch_meet():
+    x, out = grid("grid")
+    block = torch.arange(3.0)[:, None]
+    wrote = x + block  # [block, thread]
+    after = wrote.roll(-1, 0) + wrote[:, torch.arange(THREADS) ^ 1]
+    assert torch.equal(out, after.roll(-1, 0))
+
+
+@in_every_order
+@pytest.mark.parametrize(
+    "name, blocks, message",
+    [
+        ("grid_missed", 3, "grid_barrier, which all blocks must reach, but another block has fini"),
+        ("grid_not_cooperative", 3, "grid_barrier needs a cooperative launch"),
+        ("grid", 9, "at most . blocks run side by side, got 9"),
+    ],
+)
+def test_misuse_of_the_grids_barrier_is_reported(name, blocks, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        grid(name, blocks)
+    grid("grid")
+
+
 def test_philox_is_the_shared_one():
     out = torch.empty(4 * THREADS)
     host.substrate_test("philox", None, None, out)

@@ -1,7 +1,6 @@
 // What a warp does together on the host: the last lane to arrive does it for all 32.
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "host.h"
 
@@ -118,25 +117,6 @@ void perform_ldmatrix(void* const* lanes) {
   }
 }
 
-// ---- asynchronous copies ------------------------------------------------------------------------
-
-struct Copy {
-  void* shared;
-  const void* global;
-  int bytes, group;
-  bool valid;
-};
-
-struct Copies {
-  std::vector<Copy> pending;  // in the order of issue
-  int groups = 0;             // committed so far
-};
-
-Copies& copies_of(const Thread& t) {
-  static Copies all[1024];
-  return all[t.index];
-}
-
 }  // namespace
 
 uint32_t shuffle(Shuffle kind, uint32_t x, int operand) {
@@ -188,42 +168,32 @@ void ldmatrix(uint32_t* r, int matrices, bool trans, const void* row) {
 void copy_async(void* shared, const void* global, int bytes, bool valid) {
   if (shared < window || shared >= window + kWindow) misuse("copy_async writes shared memory only");
   touch(*current, shared, bytes, Access::copy_issued);
-  Copies& c = copies_of(*current);
-  c.pending.push_back({shared, global, bytes, c.groups, valid});
+  current->copies.push_back({shared, global, bytes, current->groups, valid});
 }
 
-void copy_async_commit() { ++copies_of(*current).groups; }
+void copy_async_commit() { ++current->groups; }
 
 namespace {
 
-void finish_copies(Copies& c, int groups_left) {
+void finish_copies(Thread& t, int groups_left) {
   size_t done = 0;
-  for (; done < c.pending.size() && c.pending[done].group < c.groups - groups_left; ++done) {
-    const Copy& copy = c.pending[done];
-    touch(*current, copy.shared, copy.bytes, Access::copy_done);
+  for (; done < t.copies.size() && t.copies[done].group < t.groups - groups_left; ++done) {
+    const Copy& copy = t.copies[done];
+    touch(t, copy.shared, copy.bytes, Access::copy_done);
     if (copy.valid) std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
     else std::memset(copy.shared, 0, static_cast<size_t>(copy.bytes));
   }
-  c.pending.erase(c.pending.begin(), c.pending.begin() + static_cast<std::ptrdiff_t>(done));
+  t.copies.erase(t.copies.begin(), t.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 }  // namespace
 
-void copy_async_wait(int groups) { finish_copies(copies_of(*current), groups); }
+void copy_async_wait(int groups) { finish_copies(*current, groups); }
 
 void copy_async_at_end() {
-  Copies& c = copies_of(*current);
-  ++c.groups;
-  finish_copies(c, 0);
-  c.groups = 0;
-}
-
-void copy_async_forget(int threads) {
-  for (int i = 0; i < threads; ++i) {
-    Thread t;
-    t.index = i;
-    copies_of(t) = {};
-  }
+  ++current->groups;
+  finish_copies(*current, 0);
+  current->groups = 0;
 }
 
 int atomic_add(int* p, int n) {

@@ -73,8 +73,12 @@ constexpr int kWarp = 32;
 //
 //   int      thread() warp() lane() threads()       within the block; warp() = thread() / 32
 //   unsigned block_x() block_y() block_z()
+//   unsigned blocks_x()                             how many there are along x
 //   T*       shared<T>(bytes = 0)                   the block's shared memory, from an offset on
 //   void     block_barrier() warp_barrier()
+//   void     grid_barrier(unsigned* state)          all threads of a cooperative launch, whose
+//            global memory it orders; state: two words, 0 before the first launch;
+//            not beside what hopper.cuh has
 //   X        shuffle(x, lane) shuffle_xor(x, mask) shuffle_down(x, n) shuffle_up(x, n)
 //                                                   X of 4 bytes: float, int, uint32_t
 //   uint32_t ballot(bool)                           bit i: what lane i said

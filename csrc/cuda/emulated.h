@@ -20,6 +20,7 @@ inline int lane() { return host::current->lane; }
 inline unsigned block_x() { return host::place.block[0]; }
 inline unsigned block_y() { return host::place.block[1]; }
 inline unsigned block_z() { return host::place.block[2]; }
+inline unsigned blocks_x() { return host::place.grid[0]; }
 
 template <class T>
 T* shared(int64_t bytes = 0) {
@@ -67,9 +68,10 @@ void copy_async_wait() {
   host::copy_async_wait(kGroups);
 }
 inline int atomic_add(int* p, int n) { return host::atomic_add(p, n); }
-inline void fence() {}  // one block runs at a time, to its end
+inline void fence() {}  // one thread runs at a time
 
 inline void block_barrier() { host::block_barrier(); }
+inline void grid_barrier(unsigned*) { host::grid_barrier(); }
 inline void warp_barrier() { host::warp_barrier(); }
 
 template <class X>

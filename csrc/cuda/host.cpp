@@ -1,4 +1,5 @@
-// Blocks on the host: one fiber per thread, switched by hand, one block after the other.
+// Blocks on the host: one fiber per thread, switched by hand, one block after the other; those of a
+// cooperative launch side by side, each until it waits at the grid's barrier.
 //
 // A thread runs until a rendezvous (block barrier, warp collective) or its end, and then hands over
 // to another ready thread directly. Who is ready waits in a ring; CGPT_CUDA_HOST_SEED decides, for
@@ -12,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
@@ -34,6 +36,8 @@ unsigned char* window = nullptr;
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr const char* kBlockBarrier = "block_barrier";
+constexpr const char* kGridBarrier = "grid_barrier";
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 * 1024;  // red zones around every local array
 #else
@@ -111,19 +115,30 @@ struct Waiting {
   void* lanes[32] = {};
 };
 
-struct Machine {
-  std::mutex one_launch;
+struct Block {
   Thread threads[kMaxThreads];
   Waiting warps[kMaxThreads / 32];
   const char* at[kMaxThreads] = {};     // what each thread waits for; nullptr: it runs or is ready
   const void* thing[kMaxThreads] = {};  // of sleep()
   bool finished[kMaxThreads] = {};
-  int at_barrier = 0, done = 0;
+  int at_barrier = 0, at_grid = 0, done = 0;
 
   // Ready threads, a ring.
   uint16_t ready[kMaxThreads];
   unsigned head = 0, count = 0;
   bool newest_first = false;
+
+  uint16_t order[kMaxThreads];
+  unsigned coordinates[3] = {};
+  unsigned char* window = nullptr;
+};
+
+struct Machine {
+  std::mutex one_launch;
+  std::vector<std::unique_ptr<Block>> blocks;  // one, or those of a cooperative launch
+  size_t side_by_side = 1;                     // of them
+  size_t running = 0;
+  bool cooperative = false;
 
   void* outside = nullptr;  // stack pointer of run()
   const char* op = nullptr;
@@ -133,10 +148,11 @@ struct Machine {
 
   uint64_t random = 0;
   bool shuffled = false;
-  uint16_t order[kMaxThreads];
   uint8_t lane_orders[16][32];
   const void* outside_stack = nullptr;
   size_t outside_size = 0;
+
+  Block& block() { return *blocks[running]; }
 };
 
 Machine& machine() {
@@ -159,13 +175,32 @@ void shuffle_order(Machine& m, T* items, int n) {
   for (int i = n - 1; i > 0; --i) std::swap(items[i], items[draw_below(m, i + 1)]);
 }
 
-void push(Machine& m, int thread) {
-  m.ready[(m.head + m.count++) % kMaxThreads] = static_cast<uint16_t>(thread);
+void push(Block& b, int thread) {
+  b.ready[(b.head + b.count++) % kMaxThreads] = static_cast<uint16_t>(thread);
 }
 
-Thread& pop(Machine& m) {
-  const unsigned at = m.newest_first ? m.head + --m.count : (--m.count, m.head++);
-  return m.threads[m.ready[at % kMaxThreads]];
+Thread& pop(Block& b) {
+  const unsigned at = b.newest_first ? b.head + --b.count : (--b.count, b.head++);
+  return b.threads[b.ready[at % kMaxThreads]];
+}
+
+// Makes all threads ready again, in another order.
+void release(Machine& m, Block& b) {
+  if (m.shuffled) shuffle_order(m, b.order, place.threads);
+  for (int i = 0; i < place.threads; ++i) {
+    b.at[b.order[i]] = nullptr;
+    push(b, b.order[i]);
+  }
+}
+
+// Block i runs from here on.
+void go_on_with(Machine& m, size_t i) {
+  m.running = i;
+  const Block& b = m.block();
+  std::copy_n(b.coordinates, 3, place.block);
+  window = b.window;
+  place.shared = window + kMargin;
+  shadow_block(static_cast<int64_t>(i));
 }
 
 // Called around every switch; `to` is nullptr for the stack of run().
@@ -194,40 +229,64 @@ std::string threads_text(const Thread& t) { return "thread " + std::to_string(t.
 
 // No thread can go on, yet not all have finished: says which waits for what, and who is not there.
 [[noreturn]] void stuck(Machine& m) {
+  const Block& b = m.block();
   const Thread* waiting = nullptr;
   for (int i = 0; i < place.threads && !waiting; ++i)
-    if (m.at[i]) waiting = &m.threads[i];
-  if (m.thing[waiting->index])
-    misuse(std::string("waits at ") + m.at[waiting->index] + " for what nobody brings", waiting);
-  const bool barrier = std::strcmp(m.at[waiting->index], "block_barrier") == 0;
+    if (b.at[i]) waiting = &b.threads[i];
+  const char* what = b.at[waiting->index];
+  if (b.thing[waiting->index])
+    misuse(std::string("waits at ") + what + " for what nobody brings", waiting);
+  const bool barrier =
+      std::strcmp(what, kBlockBarrier) == 0 || std::strcmp(what, kGridBarrier) == 0;
   // A warp collective concerns its own lanes: name one of those.
   const int begin = barrier ? 0 : waiting->warp * 32;
   const int end = barrier ? place.threads : begin + 32;
   std::string other;
   for (int i = begin; i < end && other.empty(); ++i) {
-    if (m.finished[i]) other = threads_text(m.threads[i]) + " has finished";
-    else if (std::strcmp(m.at[i], m.at[waiting->index]) != 0)
-      other = threads_text(m.threads[i]) + " waits at " + m.at[i];
+    if (b.finished[i]) other = threads_text(b.threads[i]) + " has finished";
+    else if (std::strcmp(b.at[i], what) != 0)
+      other = threads_text(b.threads[i]) + " waits at " + b.at[i];
   }
-  misuse(std::string("waits at ") + m.at[waiting->index] + ", which " +
-             (barrier ? "all threads" : "all 32 lanes") + " must reach, but " + other,
-         waiting);
+  const char* who = barrier ? "all threads" : "all 32 lanes";
+  if (other.empty()) who = "all blocks", other = "another block has finished";
+  misuse(std::string("waits at ") + what + ", which " + who + " must reach, but " + other, waiting);
+}
+
+// The next block that can go on, after the one that cannot; that one itself where there is none.
+size_t next_block(Machine& m) {
+  for (size_t i = 1; i < m.side_by_side; ++i) {
+    const size_t other = (m.running + i) % m.side_by_side;
+    if (m.blocks[other]->count > 0) return other;
+  }
+  return m.running;
 }
 
 // Hands over to a ready thread; returns when this one is resumed.
 void hand_over(Machine& m) {
-  while (m.count == 0 && late_copy()) {
-  }
-  if (m.count == 0) {
-    if (m.done == place.threads) leave(m);
-    stuck(m);
+  while (m.block().count == 0 && late_copy()) {
   }
   Thread* self = current;
-  Thread& next = pop(m);
+  const bool over = m.block().finished[self->index];
+  if (m.block().count == 0) {
+    const Block& b = m.block();
+    const size_t next = next_block(m);
+    const bool waits = b.at_grid == place.threads;
+    if (b.done < place.threads && !waits) stuck(m);
+    if (next == m.running) {
+      for (size_t i = 0; i < m.side_by_side; ++i)
+        if (m.blocks[i]->done < place.threads) {
+          go_on_with(m, i);
+          stuck(m);
+        }
+      leave(m);
+    }
+    go_on_with(m, next);
+  }
+  Thread& next = pop(m.block());
   current = &next;
   if (&next == self) return;
   void* fake = nullptr;
-  before_switch(m, &next, &fake, m.finished[self->index]);
+  before_switch(m, &next, &fake, over);
   switch_stacks(&self->stack_pointer, next.stack_pointer);
   after_switch(fake, nullptr, nullptr);
 }
@@ -238,15 +297,17 @@ void entry() {
                m.outside_stack ? nullptr : &m.outside_size);
   m.body(m.closure);
   copy_async_at_end();
-  m.finished[current->index] = true;
-  ++m.done;
+  m.block().finished[current->index] = true;
+  ++m.block().done;
   hand_over(m);
   __builtin_unreachable();
 }
 
-void allocate_stacks(Machine& m, int threads) {
+void allocate(Block& b, int threads) {
   for (int i = 0; i < threads; ++i) {
-    Thread& t = m.threads[i];
+    Thread& t = b.threads[i];
+    t.copies.clear();
+    t.groups = 0;
     if (t.stack) continue;
     void* p = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -255,31 +316,47 @@ void allocate_stacks(Machine& m, int threads) {
     t.stack = static_cast<unsigned char*>(p) + kGuardBytes;
     t.index = i, t.warp = i / 32, t.lane = i % 32;
   }
+  if (!b.window) {
+    void* p = mmap(nullptr, kWindow, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    b.window = static_cast<unsigned char*>(p);
+  }
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(b.window, kWindow);
+  __asan_unpoison_memory_region(b.window + kMargin, static_cast<size_t>(place.shared_bytes));
+#endif
+  for (int i = 0; i < threads; ++i) b.order[i] = static_cast<uint16_t>(i);
 }
 
-void run_block(Machine& m) {
-  m.at_barrier = m.done = 0;
-  m.head = m.count = 0;
-  for (int w = 0; w < place.threads / 32; ++w) m.warps[w].arrived = 0;
-  std::fill_n(m.at, place.threads, nullptr);
-  std::fill_n(m.thing, place.threads, nullptr);
-  std::fill_n(m.finished, place.threads, false);
-  std::memset(place.shared, 0xff, static_cast<size_t>(place.shared_bytes));
-  shadow_new_block();
-  if (m.shuffled) {
-    m.newest_first = draw(m) >> 63;
-    shuffle_order(m, m.order, place.threads);
-  }
+// Block `index` of the grid, with all its threads at their start.
+void start(Machine& m, Block& b, int64_t index) {
+  const int64_t x = place.grid[0], y = place.grid[1];
+  b.coordinates[0] = static_cast<unsigned>(index % x);
+  b.coordinates[1] = static_cast<unsigned>(index / x % y);
+  b.coordinates[2] = static_cast<unsigned>(index / x / y);
+  b.at_barrier = b.at_grid = b.done = 0;
+  b.head = b.count = 0;
+  for (int w = 0; w < place.threads / 32; ++w) b.warps[w].arrived = 0;
+  std::fill_n(b.finished, place.threads, false);
+  std::fill_n(b.thing, place.threads, nullptr);
+  std::memset(b.window + kMargin, 0xff, static_cast<size_t>(place.shared_bytes));
+  b.newest_first = m.shuffled && draw(m) >> 63;
   hopper_new_block(place.threads, m.shuffled && draw(m) >> 63);
   for (int i = 0; i < place.threads; ++i) {
-    Thread& t = m.threads[m.order[i]];
+    Thread& t = b.threads[i];
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(t.stack, kStackBytes);
 #endif
     t.stack_pointer = fresh_stack(t, &entry);
-    push(m, t.index);
   }
-  Thread& first = pop(m);
+  release(m, b);
+}
+
+// Runs what `start` has prepared, the first block first.
+void run_blocks(Machine& m) {
+  go_on_with(m, 0);
+  Thread& first = pop(m.block());
   current = &first;
   void* fake = nullptr;
   before_switch(m, &first, &fake, false);
@@ -288,20 +365,17 @@ void run_block(Machine& m) {
   current = nullptr;
 }
 
-void prepare(Machine& m, int threads) {
-  allocate_stacks(m, threads);
-  if (!window) {
-    void* p = mmap(nullptr, kWindow, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    window = static_cast<unsigned char*>(p);
-  }
+uint64_t seed_of_order() {
   const char* text = std::getenv("CGPT_CUDA_HOST_SEED");
-  const uint64_t seed = text ? std::strtoull(text, nullptr, 10) : 0;
+  return text ? std::strtoull(text, nullptr, 10) : 0;
+}
+
+void prepare(Machine& m, int threads) {
+  while (m.blocks.size() < m.side_by_side) m.blocks.push_back(std::make_unique<Block>());
+  for (size_t i = 0; i < m.side_by_side; ++i) allocate(*m.blocks[i], threads);
+  const uint64_t seed = seed_of_order();
   m.shuffled = seed != 0;
-  m.newest_first = false;
   m.random = seed * 0x9E3779B97F4A7C15ull | 1;
-  for (int i = 0; i < threads; ++i) m.order[i] = static_cast<uint16_t>(i);
   for (auto& lanes : m.lane_orders) {
     for (int i = 0; i < 32; ++i) lanes[i] = static_cast<uint8_t>(i);
     if (m.shuffled) shuffle_order(m, lanes, 32);
@@ -319,100 +393,116 @@ void misuse(const std::string& what, const Thread* thread) {
 }
 
 void run(const char* op, int64_t grid_x, int64_t grid_y, int64_t grid_z, int threads,
-         int64_t shared_bytes, void (*body)(const void*), const void* closure) {
+         int64_t shared_bytes, bool cooperative, void (*body)(const void*), const void* closure) {
   Machine& m = machine();
   const std::lock_guard lock(m.one_launch);
   if (shared_bytes > kMostShared)
     throw std::invalid_argument(std::string(op) + ": a block has at most " +
                                 std::to_string(kMostShared) + " bytes of shared memory, got " +
                                 std::to_string(shared_bytes));
+  const int64_t blocks = grid_x * grid_y * grid_z;
+  if (blocks == 0) return;
+  if (cooperative && blocks > most_blocks())
+    throw std::invalid_argument(std::string(op) + ": at most " + std::to_string(most_blocks()) +
+                                " blocks run side by side, got " + std::to_string(blocks));
+  place.threads = threads;
+  place.shared_bytes = shared_bytes;
+  m.cooperative = cooperative;
+  m.side_by_side = cooperative ? static_cast<size_t>(blocks) : 1;
   prepare(m, threads);
   m.op = op, m.body = body, m.closure = closure;
   m.error.clear();
   place.grid[0] = static_cast<unsigned>(grid_x);
   place.grid[1] = static_cast<unsigned>(grid_y);
   place.grid[2] = static_cast<unsigned>(grid_z);
-  place.threads = threads;
-  place.shared = window + kMargin;
-  place.shared_bytes = shared_bytes;
-  copy_async_forget(threads);
-  shadow_new_launch();
+  shadow_new_launch(static_cast<int64_t>(m.side_by_side));
 #ifdef __SANITIZE_ADDRESS__
   m.outside_stack = nullptr;
-  __asan_poison_memory_region(window, kWindow);
-  __asan_unpoison_memory_region(place.shared, static_cast<size_t>(shared_bytes));
 #endif
-  const int64_t blocks = grid_x * grid_y * grid_z;
-  std::vector<int64_t> order(static_cast<size_t>(m.shuffled ? blocks : 0));
+  std::vector<int64_t> order(static_cast<size_t>(blocks));
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
-  shuffle_order(m, order.data(), static_cast<int>(order.size()));
-  for (int64_t i = 0; i < blocks && m.error.empty(); ++i) {
-    const int64_t b = m.shuffled ? order[static_cast<size_t>(i)] : i;
-    place.block[0] = static_cast<unsigned>(b % grid_x);
-    place.block[1] = static_cast<unsigned>(b / grid_x % grid_y);
-    place.block[2] = static_cast<unsigned>(b / grid_x / grid_y);
-    run_block(m);
+  if (m.shuffled) shuffle_order(m, order.data(), static_cast<int>(order.size()));
+  for (size_t i = 0; i < order.size() && m.error.empty(); i += m.side_by_side) {
+    for (size_t j = 0; j < m.side_by_side; ++j) start(m, *m.blocks[j], order[i + j]);
+    run_blocks(m);
   }
   if (!m.error.empty()) throw std::runtime_error(m.error);
 }
 
+int64_t most_blocks() { return 3 + static_cast<int64_t>(seed_of_order() % 3); }
+
 void block_barrier() {
   Machine& m = machine();
-  const int self = current->index;
-  if (++m.at_barrier < place.threads) {
-    m.at[self] = "block_barrier";
+  Block& b = m.block();
+  if (++b.at_barrier < place.threads) {
+    b.at[current->index] = kBlockBarrier;
     hand_over(m);
     return;
   }
-  m.at_barrier = 0;
+  b.at_barrier = 0;
   shadow_barrier();
-  if (m.shuffled) shuffle_order(m, m.order, place.threads);
-  for (int i = 0; i < place.threads; ++i) {
-    m.at[m.order[i]] = nullptr;
-    push(m, m.order[i]);
-  }
+  release(m, b);
   hand_over(m);
 }
 
 void sleep(const char* name, const void* thing) {
   Machine& m = machine();
-  m.at[current->index] = name, m.thing[current->index] = thing;
+  m.block().at[current->index] = name, m.block().thing[current->index] = thing;
   hand_over(m);
 }
 
 void wake(const void* thing) {
-  Machine& m = machine();
+  Block& b = machine().block();
   for (int i = 0; i < place.threads; ++i) {
-    const int thread = m.order[i];
-    if (m.thing[thread] != thing) continue;
-    m.at[thread] = nullptr, m.thing[thread] = nullptr;
-    push(m, thread);
+    const int thread = b.order[i];
+    if (b.thing[thread] != thing) continue;
+    b.at[thread] = nullptr, b.thing[thread] = nullptr;
+    push(b, thread);
   }
 }
 
 void step_aside() {
   Machine& m = machine();
+  Block& b = m.block();
   // at the end that is taken last
-  if (m.newest_first) {
-    m.head = (m.head + kMaxThreads - 1) % kMaxThreads;
-    m.ready[m.head] = static_cast<uint16_t>(current->index);
-    ++m.count;
+  if (b.newest_first) {
+    b.head = (b.head + kMaxThreads - 1) % kMaxThreads;
+    b.ready[b.head] = static_cast<uint16_t>(current->index);
+    ++b.count;
   } else {
-    push(m, current->index);
+    push(b, current->index);
+  }
+  hand_over(m);
+}
+
+void grid_barrier() {
+  Machine& m = machine();
+  if (!m.cooperative) misuse("grid_barrier needs a cooperative launch");
+  Block& b = m.block();
+  b.at[current->index] = kGridBarrier;
+  bool all = ++b.at_grid == place.threads;
+  for (size_t i = 0; all && i < m.side_by_side; ++i) all = m.blocks[i]->at_grid == place.threads;
+  if (all) {
+    for (size_t i = 0; i < m.side_by_side; ++i) {
+      m.blocks[i]->at_grid = 0;
+      release(m, *m.blocks[i]);
+    }
+    shadow_barrier();
   }
   hand_over(m);
 }
 
 void warp_collective(const char* name, void (*perform)(void* const*), void* mine) {
   Machine& m = machine();
+  Block& b = m.block();
   const Thread& self = *current;
-  Waiting& w = m.warps[self.warp];
+  Waiting& w = b.warps[self.warp];
   if (w.arrived > 0 && w.perform != perform)
     misuse(std::string("is at ") + name + " while other lanes of its warp wait at " + w.name);
   w.name = name, w.perform = perform;
   w.lanes[self.lane] = mine;
   if (++w.arrived < 32) {
-    m.at[self.index] = name;
+    b.at[self.index] = name;
     hand_over(m);
     return;
   }
@@ -421,8 +511,8 @@ void warp_collective(const char* name, void (*perform)(void* const*), void* mine
   const uint8_t* lanes = m.lane_orders[m.shuffled ? draw(m) >> 60 : 0];
   for (int i = 0; i < 32; ++i) {
     const int thread = self.warp * 32 + lanes[i];
-    m.at[thread] = nullptr;
-    push(m, thread);
+    b.at[thread] = nullptr;
+    push(b, thread);
   }
   hand_over(m);
 }

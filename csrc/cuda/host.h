@@ -4,13 +4,23 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace cgpt::cuda::host {
+
+struct Copy {  // a copy_async that is under way
+  void* shared;
+  const void* global;
+  int bytes, group;
+  bool valid;
+};
 
 struct Thread {
   int index = 0, warp = 0, lane = 0;
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
+  std::vector<Copy> copies;  // in the order of issue
+  int groups = 0;            // committed so far
 };
 
 struct Place {
@@ -23,11 +33,16 @@ struct Place {
 extern Thread* current;  // the thread that runs; nullptr outside kernels
 extern Place place;      // its block
 
-// Runs body(closure) as every thread of every block. Throws std::runtime_error on misuse.
+// Runs body(closure) as every thread of every block; one block after the other, or, where they may
+// meet at grid_barrier, all of them side by side. Throws std::runtime_error on misuse.
 void run(const char* op, int64_t grid_x, int64_t grid_y, int64_t grid_z, int threads,
-         int64_t shared_bytes, void (*body)(const void*), const void* closure);
+         int64_t shared_bytes, bool cooperative, void (*body)(const void*), const void* closure);
+
+// Blocks that may meet: another number for every CGPT_CUDA_HOST_SEED.
+int64_t most_blocks();
 
 void block_barrier();
+void grid_barrier();
 void warp_barrier();
 
 // A rendezvous of the 32 lanes: the last one to arrive calls perform(lanes), lanes[i] being what
@@ -53,8 +68,7 @@ void ldmatrix(uint32_t* r, int matrices, bool trans, const void* row);
 void copy_async(void* shared, const void* global, int bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int groups);
-void copy_async_at_end();             // of a thread: what it never waited for arrives
-void copy_async_forget(int threads);  // at the start of a launch
+void copy_async_at_end();  // of a thread: what it never waited for arrives
 int atomic_add(int* p, int n);
 
 float to_float(uint16_t bits_of_f16);
@@ -96,8 +110,8 @@ bool late_copy();                               // brings one; false: there is n
 enum class Access : uint8_t { read, write, copy_issued, copy_done };
 // Checks an access by a thread where p lies in shared memory; nothing elsewhere.
 void touch(const Thread& thread, const void* p, int64_t bytes, Access access);
-void shadow_new_launch();
-void shadow_new_block();
+void shadow_new_launch(int64_t blocks);  // of which each has shared memory of its own
+void shadow_block(int64_t block);        // the one that runs from here on
 void shadow_barrier();
 void shadow_warp_barrier(int warp);
 

@@ -17,6 +17,7 @@ __device__ inline int lane() { return thread() % kWarp; }
 __device__ inline unsigned block_x() { return blockIdx.x; }
 __device__ inline unsigned block_y() { return blockIdx.y; }
 __device__ inline unsigned block_z() { return blockIdx.z; }
+__device__ inline unsigned blocks_x() { return gridDim.x; }
 
 // ---- memory -------------------------------------------------------------------------------------
 
@@ -92,6 +93,33 @@ __device__ inline void fence() { __threadfence(); }
 
 __device__ inline void block_barrier() { __syncthreads(); }
 __device__ inline void warp_barrier() { __syncwarp(); }
+
+// state: {blocks that have arrived, turns so far}. A block's first thread arrives for all of them;
+// what the block barriers before and after order, release and acquire carry from block to block.
+__device__ inline void grid_barrier(unsigned* state) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned turn, before, now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(turn) : "l"(state + 1) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n"
+                 : "=r"(before)
+                 : "l"(state)
+                 : "memory");
+    if (before + 1 == gridDim.x) {
+      asm volatile("st.relaxed.gpu.global.u32 [%0], 0;\n" ::"l"(state) : "memory");
+      asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(state + 1), "r"(turn + 1)
+                   : "memory");
+    } else {
+      do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n"
+                     : "=r"(now)
+                     : "l"(state + 1)
+                     : "memory");
+      } while (now == turn);
+    }
+  }
+  __syncthreads();
+}
 
 template <class X>
 __device__ inline X shuffle(X x, int from) {

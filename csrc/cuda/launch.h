@@ -22,6 +22,9 @@ struct Launch {
   int threads = 0;
   int64_t shared = 0;      // bytes of shared memory of a block
   const TensorView& like;  // a tensor of the call: gives device and stream
+  // Whether all blocks run side by side, as grid_barrier needs: at most most_blocks of them, along
+  // x only.
+  bool cooperative = false;
 };
 
 inline void check_launch(const char* op, const Launch& l) {
@@ -49,8 +52,13 @@ void launch(const char* op, const Launch& l, void (*kernel)(P...), const A&... a
   check_launch(op, l);
   const auto body = [&] { kernel(args...); };
   host::run(
-      op, l.grid_x, l.grid_y, l.grid_z, l.threads, l.shared,
+      op, l.grid_x, l.grid_y, l.grid_z, l.threads, l.shared, l.cooperative,
       [](const void* f) { (*static_cast<decltype(&body)>(f))(); }, &body);
+}
+
+template <class... P>
+int64_t most_blocks(const char*, const Launch&, void (*)(P...)) {
+  return host::most_blocks();
 }
 
 #else
@@ -75,22 +83,46 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
+// What a kernel may use without asking is 48 KB; more is granted per kernel and device.
+template <class... P>
+void grant_shared(const char* op, const Launch& l, void (*kernel)(P...)) {
+  if (l.shared > 48 * 1024)
+    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(l.shared)),
+            op);
+}
+
+// Blocks of a cooperative launch: as many as there are multiprocessors.
+template <class... P>
+int64_t most_blocks(const char* op, const Launch& l, void (*kernel)(P...)) {
+  const DeviceGuard guard(l.like.device_index, op);
+  grant_shared(op, l, kernel);
+  int processors = 0, each = 0;
+  require(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, l.like.device_index),
+          op);
+  require(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, l.threads,
+                                                        static_cast<size_t>(l.shared)),
+          op);
+  return each > 0 ? processors : 0;
+}
+
 template <class... P, class... A>
 void launch(const char* op, const Launch& l, void (*kernel)(P...), const A&... args) {
   check_launch(op, l);
   if (l.grid_x * l.grid_y * l.grid_z == 0) return;
   const DeviceGuard guard(l.like.device_index, op);
-  // What a kernel may use without asking; more is granted per kernel and device.
-  if (l.shared > 48 * 1024)
-    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(l.shared)),
-            op);
+  grant_shared(op, l, kernel);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(l.grid_x), static_cast<unsigned>(l.grid_y),
                         static_cast<unsigned>(l.grid_z));
   config.blockDim = dim3(static_cast<unsigned>(l.threads));
   config.dynamicSmemBytes = static_cast<size_t>(l.shared);
   config.stream = static_cast<cudaStream_t>(l.like.stream);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = l.cooperative ? 1 : 0;
   require(cudaLaunchKernelEx(&config, kernel, args...), op);
 }
 

@@ -9,6 +9,7 @@
 // or, within a warp, a warp_barrier. Single bytes share the memory of their pair, so a race between
 // threads that also wrote the neighbouring byte may go unseen.
 #include <algorithm>
+#include <vector>
 
 #include "host.h"
 
@@ -29,7 +30,8 @@ struct Cell {
   Tag write, read;
 };
 
-Cell cells[kMostShared / 2];
+std::vector<std::vector<Cell>> all_cells;  // by block
+Cell* cells = nullptr;                     // of the block that runs
 uint32_t epoch = 0;
 uint16_t syncs[32] = {};
 
@@ -97,11 +99,17 @@ void touch(const Thread& t, const void* p, int64_t bytes, Access access) {
   }
 }
 
-void shadow_new_launch() {
-  std::fill_n(cells, (place.shared_bytes + 1) / 2, Cell{});
+void shadow_new_launch(int64_t blocks) {
+  if (all_cells.size() < static_cast<size_t>(blocks))
+    all_cells.resize(static_cast<size_t>(blocks), std::vector<Cell>(kMostShared / 2));
+  for (int64_t b = 0; b < blocks; ++b)
+    std::fill_n(all_cells[static_cast<size_t>(b)].begin(), (place.shared_bytes + 1) / 2, Cell{});
   epoch = 0;
 }
-void shadow_new_block() { shadow_barrier(); }
+void shadow_block(int64_t block) {
+  cells = all_cells[static_cast<size_t>(block)].data();
+  shadow_barrier();  // a block starts, or goes on behind a barrier
+}
 void shadow_barrier() {
   ++epoch;
   std::fill_n(syncs, 32, uint16_t{0});

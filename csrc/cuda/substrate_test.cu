@@ -66,6 +66,22 @@ __global__ void __launch_bounds__(kThreads) philox_kernel(float* out) {
   for (int j = 0; j < 4; ++j) out[4 * thread() + j] = static_cast<float>(w.word[j] >> 8);
 }
 
+// out[blocks][128]: what the next block wrote before they met, twice; shared memory stays.
+__global__ void __launch_bounds__(kThreads)
+    grid_kernel(const float* in, float* room, float* out, unsigned* state, int missing) {
+  Shared& s = *shared<Shared>();
+  const int i = thread(), b = static_cast<int>(block_x()), n = static_cast<int>(blocks_x());
+  s.values[i] = in[i] + static_cast<float>(b);
+  room[b * kThreads + i] = s.values[i];
+  if (b == missing) return;
+  grid_barrier(state);
+  const float next = room[(b + 1) % n * kThreads + i];
+  grid_barrier(state);
+  room[b * kThreads + i] = next + s.values[i ^ 1];
+  grid_barrier(state);
+  out[b * kThreads + i] = room[(b + 1) % n * kThreads + i];
+}
+
 // ---- what is wrong ------------------------------------------------------------------------------
 
 enum class Wrong {
@@ -189,6 +205,18 @@ void substrate_test(const std::string& name, const TensorView& a, const TensorVi
   if (name == "warp")
     return launch("substrate_test", one, &warp_kernel, a.as<const float>(), out.as<float>());
   if (name == "philox") return launch("substrate_test", one, &philox_kernel, out.as<float>());
+  if (name.rfind("grid", 0) == 0) {  // in: 128 values, then the state; out: the room, then out
+    const int64_t blocks = out.numel() / 2 / kThreads;
+    const Launch grid{.grid_x = blocks,
+                      .threads = kThreads,
+                      .shared = sizeof(Shared),
+                      .like = out,
+                      .cooperative = name != "grid_not_cooperative"};
+    return launch("substrate_test", grid, &grid_kernel, a.as<const float>(), out.as<float>(),
+                  out.as<float>() + blocks * kThreads,
+                  reinterpret_cast<unsigned*>(a.as<float>() + kThreads),
+                  name == "grid_missed" ? 1 : -1);
+  }
   for (int i = 0; i <= static_cast<int>(Wrong::none); ++i)
     if (name == kNames[i]) return launch_wrong<0>(i, a, out);
   throw std::invalid_argument("substrate_test: unknown name '" + name + "'");

@@ -2,9 +2,11 @@
 // them is a function of tensors alone, they read and move the place at which the step stands.
 //
 // Traffic of a step: every weight once, the cache's visible keys and values once. At 111M in bf16
-// that is 219 MB, 65 us at 3.35 TB/s; 7 launches a layer, 73 in all. Unmeasured.
+// that is 219 MB, 65 us at 3.35 TB/s; 8 launches a layer (9 with room for more than 128 tokens) and
+// 3 more. Unmeasured.
 #include "../cuda/device.cuh"
 #include "../cuda/launch.h"
+#include "decoder_candidate.cuh"
 #include "decoder_cuda.h"
 
 namespace cgpt {
@@ -173,21 +175,6 @@ void append(const DecoderPlace& place, const TensorView& qkv, const TensorView& 
 
 // ---- the greedy token ---------------------------------------------------------------------------
 
-// A logit and its token. NaN is the largest, as torch.argmax has it; of equals the first counts.
-struct Candidate {
-  float logit;
-  int token;
-
-  __device__ void take(const Candidate& other) {
-    const bool nan = logit != logit, theirs = other.logit != other.logit;
-    const bool equal = (nan && theirs) || logit == other.logit;
-    const bool larger = (theirs && !nan) || other.logit > logit;
-    if (larger || (equal && other.token < token)) *this = other;
-  }
-};
-
-constexpr int kNoToken = 2147483647;  // of threads that saw none: any other is before it
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     decoder_choose_kernel(const Place place, const T* logits, int64_t row_stride, int V) {
@@ -197,10 +184,7 @@ __global__ void __launch_bounds__(kThreads)
   Candidate best{-INFINITY, kNoToken};
 #pragma unroll 4
   for (int v = thread(); v < V; v += kThreads) best.take({to_float(row[v]), v});
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Candidate other{shuffle_xor(best.logit, offset), shuffle_xor(best.token, offset)};
-    best.take(other);
-  }
+  best = best_of_warp(best);
   if (lane() == 0) found[warp()] = best;
   block_barrier();
   if (thread() != 0) return;
@@ -324,6 +308,30 @@ void CudaDecoder::check(const CudaDecoderStep& s) const {
   });
   held("attention", s.attention, {B * H * attention_work(1, total, D)}, DType::f32);
   held("logits", s.logits, {B, V}, w_.wte.dtype);
+}
+
+bool CudaDecoder::at_once_fits(int64_t B) const { return decoder_persistent_fits(w_, B); }
+
+void CudaDecoder::step_at_once(const CudaDecoderStep& s, const TensorView& state) const {
+  check(s);
+  const Checker c{"Decoder", device_};
+  const int64_t B = s.tokens.shape[0], total = s.tokens.shape[1];
+  c.require(decoder_persistent_fits(w_, B),
+            "one launch takes up to 4 sequences, 48 layers, dense weights [N, K] and widths that "
+            "are multiples of 8");
+  c.require(s.room.shape[0] == B, "one launch takes one token of each sequence");
+  for (const auto& [name, t] :
+       {std::pair{"keys", &s.keys}, {"values", &s.values}, {"logits", &s.logits}})
+    c.require(flat_of(*t).ndim == 1 && aligned<16>(t->as<char>()),
+              [&, name = name] { return std::string(name) + " must be dense"; });
+  for (const TensorView* t : {&s.tokens, &s.hidden})
+    c.require(flat_of(*t).ndim == 1, "tokens and hidden must be dense");
+  c.require(aligned<16>(s.room.as<char>()), "room must be aligned to 16 bytes");
+  const int64_t C = w_.wte.shape[1];
+  c.tensor("state", state, {decoder_persistent_state(B, w_.heads, total, C / w_.heads)});
+  c.dtype("state", state, {DType::i32});
+  c.dense_rows("state", state);
+  decoder_persistent_cuda({w_, s, state, embeddings_scale_});
 }
 
 void CudaDecoder::step(const CudaDecoderStep& s) const {

@@ -56,6 +56,11 @@ class CudaDecoder {
   // S = 1, or S > 1 on an empty cache.
   void step(const CudaDecoderStep& step) const;
 
+  // S = 1 in one launch, where decoder_persistent_fits. state: [decoder_persistent_state(...)]
+  // int32, 0 before the first step.
+  void step_at_once(const CudaDecoderStep& step, const TensorView& state) const;
+  bool at_once_fits(int64_t B) const;
+
  private:
   void check(const CudaDecoderStep& step) const;
 
@@ -63,6 +68,20 @@ class CudaDecoder {
   float embeddings_scale_;
   Device device_;
 };
+
+// The persistent kernel (decoder_persistent.cuh): what it can run, and the words of memory that it
+// keeps from step to step: meetings and counters, the blocks' candidates, attention's shares.
+constexpr int64_t kPersistentRows = 4;
+constexpr int64_t kPersistentBlocks = 1024;
+bool decoder_persistent_fits(const DecoderWeights& weights, int64_t B);
+int64_t decoder_persistent_state(int64_t B, int64_t H, int64_t total, int64_t D);
+struct DecoderPersistentArgs {
+  const DecoderWeights& weights;
+  const CudaDecoderStep& step;
+  TensorView state;
+  float embeddings_scale = 1.0f;
+};
+void decoder_persistent_cuda(const DecoderPersistentArgs& args);
 
 void decoder_embed_cuda(const DecoderEmbedArgs& args);
 // k and v, the last 2 C columns of qkv [B * S, 3 C], go behind the tokens that layer `layer` of the

@@ -17,12 +17,23 @@ inline void bind_cuda_decoder(py::module_& m) {
                                               &plain_projection_of),
                            embeddings_scale, kCudaDevice);
       }))
-      .def("step", [](const CudaDecoder& decoder, Tensor tokens, Tensor length, Tensor padding,
-                      Tensor hidden, Tensor keys, Tensor values, Tensor room, Tensor attention,
-                      Tensor logits) {
-        py::gil_scoped_release release;
-        decoder.step({tokens, length, padding, hidden, keys, values, room, attention, logits});
-      });
+      .def("step",
+           [](const CudaDecoder& decoder, Tensor tokens, Tensor length, Tensor padding,
+              Tensor hidden, Tensor keys, Tensor values, Tensor room, Tensor attention,
+              Tensor logits) {
+             py::gil_scoped_release release;
+             decoder.step({tokens, length, padding, hidden, keys, values, room, attention, logits});
+           })
+      .def("step_at_once",
+           [](const CudaDecoder& decoder, Tensor tokens, Tensor length, Tensor padding,
+              Tensor hidden, Tensor keys, Tensor values, Tensor room, Tensor attention,
+              Tensor logits, Tensor state) {
+             py::gil_scoped_release release;
+             decoder.step_at_once(
+                 {tokens, length, padding, hidden, keys, values, room, attention, logits}, state);
+           })
+      .def("at_once_fits", &CudaDecoder::at_once_fits);
+  m.def("decoder_persistent_state_cuda", &decoder_persistent_state);
   m.def("decoder_room_cuda", &decoder_room);
   m.def("decoder_attention_cuda",
         [](int64_t total, int64_t D) { return attention_work(1, total, D); });
