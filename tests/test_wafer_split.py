@@ -18,6 +18,20 @@ def test_tensor_parallel_feed_forward_is_the_whole_one(parts):
     torch.testing.assert_close(split.feed_forward(x, up, down, F.gelu, parts), wanted)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_a_gated_feed_forward_and_its_gradients_are_the_whole_ones(parts):
+    leaves = [torch.randn(s, requires_grad=True) for s in ((5, 12), (30, 12), (12, 30), (30, 12))]
+    x, up, down, gate = leaves
+    wanted = (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+    found = split.feed_forward(x, up, down, F.silu, parts, gate)
+    torch.testing.assert_close(found, wanted)
+    dy = torch.randn_like(wanted)
+    for ours, true in zip(
+        torch.autograd.grad(found, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(ours, true)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2, 5, 8])
 def test_a_pipeline_of_blocks_is_the_model(micro_batches):
     config = ck.GPTConfig(vocab_size=11, n_positions=8, n_embd=16, n_layer=3, n_head=2)

@@ -70,17 +70,24 @@ def merge_concat(pieces: Sequence[Piece], dim: int) -> Tensor:
 
 
 def feed_forward(
-    x: Tensor, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor], parts: int
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    parts: int,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """activation(x up^T) down^T with the inner width over `parts`: columns, then rows, one sum.
 
-    x [M, C], up [F, C], down [C, F].
+    x [M, C], up [F, C], down [C, F]. gate [F, C]: (activation(x gate^T) * x up^T) down^T instead.
     """
+
+    def inner(a, b):
+        wide = x @ up[a:b].t()
+        return activation(wide) if gate is None else activation(x @ gate[a:b].t()) * wide
+
     F = up.shape[0]
-    pieces = [
-        Piece(a, b, F, activation(x @ up[a:b].t()) @ down[:, a:b].t()) for a, b in cut(F, parts)
-    ]
-    return merge_sum(pieces)
+    return merge_sum([Piece(a, b, F, inner(a, b) @ down[:, a:b].t()) for a, b in cut(F, parts)])
 
 
 # ---- pipeline -----------------------------------------------------------------------------------
