@@ -131,6 +131,14 @@ def test_a_streamed_model_keeps_its_keys_and_values_but_no_weights():
     assert need["streaming"] < need["tensor"] and more > need["streaming"]
 
 
+def test_a_group_of_a_sequence_holds_all_weights_and_its_part_of_the_keys():
+    def need(parallel, grid, context):
+        return estimate(SMALL, parallel=parallel, grid=grid, context=context).peak_sram_bytes
+
+    one_group = need("tensor", (50, 200), 1024)
+    assert need("sequence", (200, 200), 4096) == one_group
+
+
 def test_shifting_the_cache_uses_every_row():
     tokens = longest_decode(replace(LLAMA3_8B, n_layer=1, vocab_size=0), grid=(360, 360))
     assert tokens["shift"] == 360 * tokens["concatenate"] > 0

@@ -379,9 +379,10 @@ def estimate(
         layers_here = 0
 
     cores = sides[0] * sides[1]
-    resident = replace(b, vocab_size=0) if parallel != "tensor" else b
+    resident = replace(b, vocab_size=0) if parallel in ("pipeline", "streaming") else b
     cached = 1 if parallel == "pipeline" else b.n_layer
-    need = _memory(spec, resident, cores, context, batch, layers_here, cached, mode == "train")
+    held = _share(context, parts)  # keys and values of a group's own part
+    need = _memory(spec, resident, cores, held, batch, layers_here, cached, mode == "train")
     report = Report(
         f"{mode}, {parallel}, {b.n_layer} blocks of {b.n_embd}",
         spec,
