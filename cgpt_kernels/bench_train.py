@@ -134,18 +134,32 @@ class _MasterAdamW:
         return run
 
 
-def _differs(ours: GPT, eager: GPT, losses: dict[str, Tensor], dtype, dropout: bool) -> str | None:
-    """What of loss and gradients is not eager's; None where all is."""
+def _differs(
+    ours: GPT, eager: GPT, losses: dict[str, Tensor], dtype, dropout: bool, batch
+) -> str | None:
+    """What of loss and gradients is not eager's; None where all is. In 16 bits, a gradient that is
+    nearer to fp32's than eager's counts as the same: eager's sums over 1024 tokens are 20 % off."""
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     a, b = losses["ours"].item(), losses["eager"].item()
     if not abs(a - b) <= (0.2 if dropout else tolerance) * abs(b):
         return f"loss {a:.6f}, eager's {b:.6f}"
     if dropout:
         return None
+    truth = None
     for (name, p), q in zip(ours.named_parameters(), eager.parameters(), strict=True):
         off = (p.grad.float() - q.grad.float()).norm() / q.grad.float().norm()
-        if not off <= (3e-3 if dtype == torch.float32 else 0.1):
-            return f"the gradient of {name} is {off:.2%} away from eager's"
+        if off <= (3e-3 if dtype == torch.float32 else 0.1):
+            continue
+        if dtype != torch.float32:
+            if truth is None:
+                wide = copy.deepcopy(eager).float()
+                wide.zero_grad()
+                wide(batch[0], targets=batch[1]).backward()
+                truth = {n: r.grad for n, r in wide.named_parameters()}
+            errors = [(g.grad.float() - truth[name]).norm() for g in (p, q)]
+            if errors[0] <= errors[1]:
+                continue
+        return f"the gradient of {name} is {off:.2%} away from eager's"
     return None
 
 
@@ -182,7 +196,7 @@ def model_row(
         "eager": _step(eager, list(eager.parameters()), batch),
     }
     losses = {system: step() for system, step in steps.items()}
-    red = _differs(ours, eager, losses, dtype, dropout)
+    red = _differs(ours, eager, losses, dtype, dropout, batch)
     if compile:
         reason = no_compiler()
         if reason is not None:
