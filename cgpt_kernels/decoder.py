@@ -6,7 +6,6 @@ B sequences, S new tokens, T cached + new ones, C width, L layers, H heads, D = 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,12 +114,6 @@ def kind_for(asked: str, wte: Tensor) -> str | None:
 KV_CACHES = (None, "int8")
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory in huge pages: a prompt fills thousands of small ones, each with a fault."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    return torch.from_dlpack(backends._C.allocate_buffer(nbytes)).view(dtype).view(shape)
-
-
 class Decoder:
     """One sequence batch being written: the model's parts and their KV cache.
 
@@ -137,7 +130,7 @@ class Decoder:
         V, C = parts.wte.shape
         shape = len(parts.layers), batch, parts.n_head, capacity, C // parts.n_head  # L B H T D
         dtype = torch.int8 if kv_cache == "int8" else parts.wte.dtype
-        self.keys, self.values = _empty(shape, dtype), _empty(shape, dtype)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype) for _ in range(2))
         self.key_scales = self.value_scales = None  # L B H T
         if kv_cache == "int8":
             self.key_scales, self.value_scales = (
