@@ -158,21 +158,24 @@ class _HuggingFaceSteps:
         self.n_positions = getattr(config, "max_position_embeddings", None)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
         self.accepted = inspect.signature(inner.forward).parameters
+        # transformers 5.24 gave it this name, in results too
+        self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"
 
     def start(self, tokens: Tensor, mask: Tensor | None) -> None:
         self.cache = None
 
     def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         optional = {"position_ids": positions, "logits_to_keep": 1}
+        cache = {self.cache_name: self.cache}
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=self.cache,
+            **cache,
             use_cache=self.use_cache,
             **{k: v for k, v in optional.items() if k in self.accepted and v is not None},
         )
         if self.use_cache:
-            self.cache = out.past_key_values
+            self.cache = getattr(out, self.cache_name)
         return out.logits[:, -1]  # B V
 
 

@@ -65,6 +65,19 @@ def test_padded_logits_equal_eager(act, implementation):
     close(logits(model, ids, attention_mask=mask), expected)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_fused_forward_runs(implementation, monkeypatch):
+    # A keyword that transformers adds to its calls must not send every layer back to its original.
+    model = make(attn_implementation=implementation)
+    ids, mask = padded()
+    ck.replace(model)
+    ran = []
+    heads = hf_bert._heads
+    monkeypatch.setattr(hf_bert, "_heads", lambda *a: ran.append(a) or heads(*a))
+    logits(model, ids, attention_mask=mask)
+    assert len(ran) == model.config.num_hidden_layers
+
+
 def test_padding_tokens_change_nothing():
     model = make()
     ck.replace(model)

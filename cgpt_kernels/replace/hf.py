@@ -5,11 +5,13 @@ B batch, S queries, T keys (cached + new), H heads, D head size.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers import activations
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from cgpt_kernels import ops
 from cgpt_kernels.replace.swap import unhooked
@@ -65,6 +67,21 @@ def expressible(kind: str | None, mask: Tensor | None, kwargs: dict) -> bool:
     ):
         return False
     return _CHANGES_ATTENTION.isdisjoint(kwargs)
+
+
+def given_cache(past_key_values, kwargs: dict):
+    """The KV cache of a call: past_key_values, or what kwargs hold by the name that it has since
+    transformers 5.24, which is taken out of them."""
+    if isinstance(kwargs.get("cache"), Cache):
+        return kwargs.pop("cache")
+    if "cache" in kwargs and kwargs["cache"] is None:
+        del kwargs["cache"]
+    return past_key_values
+
+
+def cache_name(forward) -> str:
+    """What a forward of transformers calls its KV cache: the older name brings a warning."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def update_cache(cache, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,9 @@ from cgpt_kernels.replace.hf import (
     activation_name,
     attend,
     attention_note,
+    cache_name,
     expressible,
+    given_cache,
     implementation,
     update_cache,
 )
@@ -37,6 +39,8 @@ from cgpt_kernels.replace.swap import (
 )
 from cgpt_kernels.replace.torch_nn import FusedLayerNorm, FusedLinear
 
+_CACHE = cache_name(BertLayer.forward)
+
 
 class FusedBertSelfAttention(BertSelfAttention, Replaced):
     """Called as a module it keeps the contract of BertSelfAttention, attention weights included:
@@ -49,6 +53,7 @@ class FusedBertSelfAttention(BertSelfAttention, Replaced):
         return attention_note(module.config)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        past_key_values = given_cache(past_key_values, kwargs)
         if implementation(self.config) != "sdpa" or not expressible("sdpa", attention_mask, kwargs):
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         return _heads(self, "sdpa", hidden_states, past_key_values, attention_mask), None
@@ -118,6 +123,7 @@ class FusedBertLayer(BertLayer, Replaced):
         past_key_values=None,
         **kwargs,
     ):
+        past_key_values = given_cache(past_key_values, kwargs)
         outer = self._modules["attention"]
         attn = outer._modules["self"]
         kind = implementation(attn.config) if plain(attn, FusedBertSelfAttention) else None
@@ -133,7 +139,7 @@ class FusedBertLayer(BertLayer, Replaced):
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
-                past_key_values=past_key_values,
+                **{_CACHE: past_key_values},
                 **kwargs,
             )
         y = _heads(attn, kind, hidden_states, past_key_values, attention_mask)

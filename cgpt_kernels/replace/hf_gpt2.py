@@ -22,7 +22,9 @@ from cgpt_kernels.replace.hf import (
     activation_name,
     attend,
     attention_note,
+    cache_name,
     expressible,
+    given_cache,
     implementation,
     update_cache,
 )
@@ -46,6 +48,8 @@ from cgpt_kernels.replace.swap import (
     table,
 )
 from cgpt_kernels.replace.torch_nn import FusedLayerNorm, FusedLinear
+
+_CACHE = cache_name(GPT2Block.forward)
 
 
 class FusedConv1D(Conv1D, Packable, Replaced):
@@ -91,6 +95,7 @@ class FusedGPT2Attention(GPT2Attention, Replaced):
         output_attentions=False,
         **kwargs,
     ):
+        past_key_values = given_cache(past_key_values, kwargs)
         if (
             encoder_hidden_states is not None
             or output_attentions
@@ -99,7 +104,7 @@ class FusedGPT2Attention(GPT2Attention, Replaced):
         ):
             return super().forward(
                 hidden_states,
-                past_key_values=past_key_values,
+                **{_CACHE: past_key_values},
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -144,10 +149,11 @@ class FusedGPT2Block(GPT2Block, Replaced):
         use_cache=False,
         **kwargs,
     ):
+        past_key_values = given_cache(past_key_values, kwargs)
         if encoder_hidden_states is not None:
             return super().forward(
                 hidden_states,
-                past_key_values=past_key_values,
+                **{_CACHE: past_key_values},
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -172,7 +178,7 @@ class FusedGPT2Block(GPT2Block, Replaced):
         else:
             y, _ = attn(
                 x,
-                past_key_values=past_key_values,
+                **{_CACHE: past_key_values},
                 attention_mask=attention_mask,
                 use_cache=use_cache,
                 **kwargs,
