@@ -368,7 +368,6 @@ def run(
             name = "ops_gradients.json" if gradients else "ops.json"
             out = RESULTS / where / name if RESULTS.parent.is_dir() else ""
         if out:
-            more = {"others_busy_before": busy, "cpu_isa": backends._C and backends._C.cpu_isa()}
-            path = timing.write(Path(out), [asdict(row) for row in rows], **more)
+            path = timing.write(Path(out), [asdict(row) for row in rows], others_busy_before=busy)
             show(f"written to {path}")
     return rows

@@ -488,9 +488,9 @@ def run(
             folder = RESULTS / timing.machine_name()
             out = folder / f"train-{model}.json" if RESULTS.parent.is_dir() else ""
         if out:
-            more = {"others_busy_before": busy, "cpu_isa": backends._C.cpu_isa()}
             written = [_as_json(row) for row in rows]
-            show(f"written to {timing.write(Path(out), written, **more)}")
+            path = timing.write(Path(out), written, others_busy_before=busy)
+            show(f"written to {path}")
     return rows
 
 

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import backends, timing
+from . import timing
 from .assets import TINY
 from .doctor import doctor
 from .generate import generate
@@ -327,8 +327,7 @@ def write(path: str | Path, rows: list[Row]) -> Path:
     found = [asdict(row) | {"red": row.red, "speedups": row.speedups} for row in rows]
     for row in found:  # NaN is no JSON
         row["speedups"] = [None if math.isnan(s) else s for s in row["speedups"]]
-    tier = backends._C and backends._C.cpu_isa()
-    return timing.write(Path(path), found, cpu_isa=tier)
+    return timing.write(Path(path), found)
 
 
 def _tiny(step: Callable[[str], None], seconds: float, tokens: int) -> tuple[Row, str, bool]:

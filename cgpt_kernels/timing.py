@@ -262,7 +262,7 @@ def machine(**more) -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": machine_cpu(),
-        "tier": None if backends._C is None else backends._C.cpu_isa(),
+        "cpu_isa": backends._C and backends._C.cpu_isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from .. import backends, timing
+from .. import timing
 from ..gpt import GPTConfig
 from . import bounds
 from .systems import System, Work, helper
@@ -193,7 +193,6 @@ def group(run: Run, format: str, systems: list[System]) -> dict:
     machine = timing.machine(
         others_busy_before=busy,
         worker_threads=run.threads,
-        cpu_isa=backends._C and backends._C.cpu_isa(),
         versions=_versions(),
     )
     return {
