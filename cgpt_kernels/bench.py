@@ -171,6 +171,13 @@ def _on_hopper(call: Callable) -> Callable | None:
     return switched if kernels.hopper_launches() > launches else None
 
 
+def _written_out(function: Callable, given: dict) -> Callable:
+    """function(**given) with its keywords in the code, as a user writes it and as eager's call is:
+    a dict of them takes 0.25 us to unpack, a tenth of the smallest call."""
+    keywords = ", ".join(f"{name}={name}" for name in given)
+    return eval(f"lambda: function({keywords})", {"function": function, **given})
+
+
 def _with_gradients(call: Callable, inputs: dict) -> Callable:
     """call and the gradients of every differentiable input."""
     leaves = [inputs[name].requires_grad_() for name in differentiable(inputs)]
@@ -224,9 +231,9 @@ def measure(
         except AssertionError as error:
             red = str(error)
     tensors = tuple(v for v in inputs.values() if isinstance(v, torch.Tensor))
-    given = {name: v for name, v in inputs.items() if v is not None}  # as a user calls it
+    given = {name: v for name, v in inputs.items() if v is not None}
     candidates = {
-        "ours": lambda: function(**given, backend=backend),
+        "ours": _written_out(function, given | {"backend": backend}),
         "eager": case.torch_call(inputs),
     }
     if compile:

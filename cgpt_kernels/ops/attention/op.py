@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from ... import backends, checks
 from ..dispatch import (
     PLAIN,
-    PLAIN_OR_NONE,
     REFUSALS,
     autocast_dtype,
     cast,
@@ -78,9 +77,9 @@ def attention(
         type(q) in PLAIN
         and type(k) in PLAIN
         and type(v) in PLAIN
-        and type(key_padding_mask) in PLAIN_OR_NONE
-        and type(attn_bias) in PLAIN_OR_NONE
-        and type(alibi_slopes) in PLAIN_OR_NONE
+        and (key_padding_mask is None or type(key_padding_mask) in PLAIN)
+        and (attn_bias is None or type(attn_bias) in PLAIN)
+        and (alibi_slopes is None or type(alibi_slopes) in PLAIN)
         and undisturbed()
         and q.is_cpu
     ):

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from ... import backends, checks
 from ..dispatch import (
     PLAIN,
-    PLAIN_OR_NONE,
     REFUSALS,
     as_rows,
     autocast_dtype,
@@ -70,7 +69,7 @@ def linear_cross_entropy(
         type(x) in PLAIN
         and type(weight) in PLAIN
         and type(target) in PLAIN
-        and type(bias) in PLAIN_OR_NONE
+        and (bias is None or type(bias) in PLAIN)
         and undisturbed()
         and x.is_cpu
     ):

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from ... import backends, checks
 from ..dispatch import (
     PLAIN,
-    PLAIN_OR_NONE,
     REFUSALS,
     as_rows,
     autocast_dtype,
@@ -87,8 +86,8 @@ def gemm(
     if (
         type(x) in PLAIN
         and type(weight) in PLAIN
-        and type(bias) in PLAIN_OR_NONE
-        and type(residual) in PLAIN_OR_NONE
+        and (bias is None or type(bias) in PLAIN)
+        and (residual is None or type(residual) in PLAIN)
         and undisturbed()
         and x.is_cpu
     ):

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from ... import backends, checks
 from ..dispatch import (
     PLAIN,
-    PLAIN_OR_NONE,
     REFUSALS,
     as_rows,
     autocast_dtype,
@@ -59,7 +58,7 @@ def layer_norm(
     if (
         type(x) in PLAIN
         and type(weight) in PLAIN
-        and type(bias) in PLAIN_OR_NONE
+        and (bias is None or type(bias) in PLAIN)
         and undisturbed()
         and x.is_cpu
     ):
@@ -101,7 +100,7 @@ def add_layer_norm(
         type(x) in PLAIN
         and type(residual) in PLAIN
         and type(weight) in PLAIN
-        and type(bias) in PLAIN_OR_NONE
+        and (bias is None or type(bias) in PLAIN)
         and undisturbed()
         and x.is_cpu
     ):
