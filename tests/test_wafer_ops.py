@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import cgpt_kernels as ck
 from cgpt_kernels import backends
 from cgpt_kernels.ops import registry
+from cgpt_kernels.ops.attention.attention_wafer import attention_fwd
 from cgpt_kernels.testing import hold_to_rule
 from cgpt_kernels.wafer import WSE2, WSE3, engine, strips, tiles, transposed, twin
-from cgpt_kernels.wafer.backend import attention_fwd
 from cgpt_kernels.wafer.tiles import ALGORITHMS, Tiles
 
 OPS = ("gemm", "layer_norm", "add_layer_norm", "attention")
@@ -212,8 +212,11 @@ def test_attention_in_pieces_is_attention(causal, S, keys):
     padded=st.booleans(),
     biased=st.sampled_from([None, torch.bool, torch.float32]),
     sloped=st.booleans(),
+    dropped=st.sampled_from([0.0, 0.3, 1.0]),
 )
-def test_tiles_of_attention_are_the_kernels_whole(S, keys, grid, causal, padded, biased, sloped):
+def test_tiles_of_attention_are_the_kernels_whole(
+    S, keys, grid, causal, padded, biased, sloped, dropped
+):
     B, H, D = 2, 3, 8
     q, k, v = (torch.randn(B, H, n, D) for n in (S, keys, keys))
     padding = torch.rand(B, keys) < 0.3 if padded else None
@@ -224,9 +227,22 @@ def test_tiles_of_attention_are_the_kernels_whole(S, keys, grid, causal, padded,
     for name, kernel in (("whole", engine._C.attention_fwd), ("tiles", attention_fwd)):
         out, lse = torch.full_like(q, torch.nan), torch.full((B, H, S), torch.nan)
         with ck.wafer.record(grid=grid):
-            kernel(q, k, v, padding, bias, slopes, out, lse, D**-0.5, causal, 0.0, 0)
+            kernel(q, k, v, padding, bias, slopes, out, lse, D**-0.5, causal, dropped, 2**40 + 7)
         found[name] = out, lse
     torch.testing.assert_close(found["tiles"], found["whole"])
+
+
+@pytest.mark.parametrize("S, keys", [(9, 13), (1, 40)])
+def test_tiles_drop_what_the_other_backends_drop(S, keys):
+    """Values are one-hot, so that outputs are probabilities: what is zero is the mask."""
+    q, k = torch.randn(2, 3, S, keys), torch.randn(2, 3, keys, keys)
+    v = torch.eye(keys).expand(2, 3, keys, keys)
+    given = {"causal": False, "dropout_p": 0.4, "seed": 11}
+    kept = {
+        b: ck.ops.attention(q, k, v, backend=b, **given) != 0 for b in ("eager", "cpu", "wafer")
+    }
+    assert torch.equal(kept["wafer"], kept["eager"]) and torch.equal(kept["wafer"], kept["cpu"])
+    assert 0 < kept["wafer"].float().mean() < 1
 
 
 def test_queries_that_see_nothing_give_zero():

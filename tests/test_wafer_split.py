@@ -1,5 +1,7 @@
 """Every way to spread a model gives the unsplit result; lost or repeated pieces are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,13 +102,67 @@ def test_decoding_over_the_shifted_cache_is_attention(rows, dtype):
         assert (found - truth[:, :, token]).abs().max() <= allowed
 
 
+MERGES = (split.merge_sum, lambda pieces: split.merge_concat(pieces, 0))
+
+
+def sealed():
+    return [Piece(a, a + 3, 9, torch.full((3,), float(a))) for a in (0, 3, 6)]
+
+
 @pytest.mark.parametrize(
     "spans",
-    [[(0, 3)], [(0, 3), (0, 3), (6, 9)], [(0, 3), (3, 6), (3, 6)], [(0, 5), (4, 9)], []],
+    [
+        [(0, 3)],  # lost at the end
+        [(3, 6), (6, 9)],  # lost at the beginning
+        [(0, 3), (6, 9)],  # lost within
+        [(0, 3), (0, 3), (6, 9)],  # repeated in place of another
+        [(0, 3), (3, 6), (3, 6), (6, 9)],  # repeated
+        [(0, 5), (4, 9)],  # overlapping
+        [(0, 9), (3, 6)],  # within another
+        [(0, 3), (3, 6), (6, 12)],  # beyond the end
+        [(0, 3), (3, 3), (3, 9)],  # empty
+        [(0, 3), (2, 3), (5, 8), (6, 8)],  # count, sum and sum of squares are those of 0:9
+        [],
+    ],
     ids=str,
 )
-def test_lost_and_repeated_pieces_are_refused(spans):
+def test_pieces_that_do_not_cover_their_axis_once_are_refused(spans):
     pieces = [Piece(a, b, 9, torch.zeros(b - a)) for a, b in spans]
-    for merge in (split.merge_sum, lambda p: split.merge_concat(p, 0)):
+    for merge in MERGES:
         with pytest.raises(ValueError, match=r"no pieces|do not cover 0:9 once"):
             merge(pieces)
+
+
+@pytest.mark.parametrize("a, b", [(0, 1), (1, 2), (0, 2)])
+def test_pieces_whose_values_or_places_are_exchanged_are_refused(a, b):
+    values, places = sealed(), sealed()
+    values[a], values[b] = (
+        replace(values[a], value=values[b].value),
+        replace(values[b], value=values[a].value),
+    )
+    places[a], places[b] = (
+        replace(places[a], start=places[b].start, stop=places[b].stop),
+        replace(places[b], start=places[a].start, stop=places[a].stop),
+    )
+    for merge in MERGES:
+        merge(sealed()[::-1])  # they may come in any order
+        for pieces in (values, places):
+            with pytest.raises(ValueError, match="is not what was sealed"):
+                merge(pieces)
+
+
+def test_a_value_that_changed_on_its_way_is_refused():
+    for dtype in (torch.float32, torch.bfloat16):
+        pieces = [
+            Piece(a, a + 3, 9, (torch.ones(2, 3), torch.ones(3, dtype=dtype))) for a in (0, 3, 6)
+        ]
+        split.check_cover(pieces)
+        pieces[1].value[1][2] = -1
+        with pytest.raises(ValueError, match="piece 3:6 of 9 is not what was sealed"):
+            split.check_cover(pieces)
+
+
+def test_pieces_of_different_axes_are_refused():
+    pieces = [Piece(0, 3, 6, torch.zeros(3)), Piece(3, 6, 9, torch.zeros(3))]
+    with pytest.raises(ValueError, match="pieces 0:3 of 6, 3:6 of 9 do not cover 0:6 once"):
+        split.check_cover(pieces)

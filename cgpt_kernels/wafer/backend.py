@@ -8,6 +8,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from .ops import (
     _kernel,
     _norm_rows,
@@ -103,16 +105,34 @@ def layer_norm_fwd(x, residual, weight, bias, y, total, mean, rstd, eps) -> None
 
 
 def attention_fwd(
-    q, k, v, key_padding_mask, attn_bias, alibi_slopes, out, lse, scale, causal, dropout_p, seed
+    q,
+    k,
+    v,
+    key_padding_mask,
+    attn_bias,
+    alibi_slopes,
+    out,
+    lse,
+    scale,
+    causal,
+    dropout_p,
+    keep_mask,
 ) -> None:
-    """Arguments as `_C.attention_fwd`'s: tiles over the grid, merged."""
+    """Arguments as `_C.attention_fwd`'s, tiles over the grid, merged; but in place of the seed
+
+    keep_mask: (start, count) -> what dropout keeps of these elements of [B, H, S, S_k], bool.
+    """
     masks = key_padding_mask, attn_bias, alibi_slopes
-    if q.numel() and k.shape[2]:
-        grid = _note(
-            lambda grid, spec: attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
-        )
-        if dropout_p == 0.0:
-            tiled_attention(q, k, v, *masks, out, lse, scale, causal, grid)
-            return
-    # Which probabilities dropout drops is counted through the whole matrix, which a tile is not.
-    _kernel("attention_fwd")(q, k, v, *masks, out, lse, scale, causal, dropout_p, seed)
+    if not q.numel() or not k.shape[2]:
+        _kernel("attention_fwd")(q, k, v, *masks, out, lse, scale, causal, 0.0, 0)
+        return
+    (B, H, S, _), keys = q.shape, k.shape[2]
+
+    def keep_rows(a, b):
+        n = (b - a) * keys
+        rows = [keep_mask((head * S + a) * keys, n) for head in range(B * H)]
+        return torch.stack(rows).view(B, H, b - a, keys)
+
+    grid = _note(lambda grid, spec: attention_report(q.shape, keys, q.element_size(), grid, spec))
+    drops = (keep_rows, dropout_p) if dropout_p > 0.0 else ()
+    tiled_attention(q, k, v, *masks, out, lse, scale, causal, grid, *drops)

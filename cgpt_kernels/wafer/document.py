@@ -58,8 +58,10 @@ alignment of MeshGEMM's operands and the step of the scores' product.
 of cores its share through the CPU kernels. Sums over K run in ascending order, so results do not
 depend on the grid; that each core meets each pair of tiles once is checked on tile numbers, and
 with values in the cycle engine on small grids. Attention runs tile by tile, queries over the rows
-of cores and keys over the columns, merged by the largest logit and the sum of each tile; with
-dropout, whose mask is counted through the whole matrix, it runs whole.
+of cores and keys over the columns, merged by the largest logit and the sum of each tile. Dropout's
+mask is the one of the other backends, bit for bit: sums run over all keys, outputs over those kept.
+What is cut into pieces (`ck.wafer.split`, attention's tiles) is merged only if the pieces cover
+their axis once and each is what was sealed with a hash when it was computed.
 
 ## Constants
 

@@ -1,11 +1,13 @@
 """The ways to spread a model, executed with real numbers: cut, compute the pieces, merge, compare.
 
-Each function gives the same result as the unsplit computation. Pieces carry a checksum of what they
-cover; a merge refuses when a piece is lost or comes twice.
+Each function gives the same result as the unsplit computation. Pieces carry a seal of what they
+cover and hold; a merge refuses when one is lost, comes twice, overlaps another, or is not what was
+computed for its place.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """A part [start, stop) of an axis of `total`, and what was computed from it."""
+    """A part [start, stop) of an axis of `total`, and what was computed from it.
+
+    seal: a hash of all this, taken when the piece is made, that it carries to its merge.
+    """
 
     start: int
     stop: int
     total: int
     value: Tensor | tuple[Tensor, ...]
+    seal: bytes = b""
+
+    def __post_init__(self):
+        if not self.seal:
+            object.__setattr__(self, "seal", self.hash())
+
+    def hash(self) -> bytes:
+        """blake2b of the place and of the bits of the values."""
+        found = hashlib.blake2b(f"{self.start}:{self.stop}:{self.total}".encode(), digest_size=16)
+        for value in self.value if isinstance(self.value, tuple) else (self.value,):
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.digest()
 
 
 def cut(n: int, parts: int) -> list[tuple[int, int]]:
@@ -32,38 +50,54 @@ def cut(n: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def check_cover(pieces: Sequence[Piece]) -> None:
-    """ValueError unless the pieces cover their axis once.
-
-    The checksum of an axis is the sum and the sum of squares of its indices.
-    """
+def check_cover(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces in order; ValueError unless they cover their axis once, each as it was sealed."""
     if not pieces:
         raise ValueError("merge: no pieces")
-    total = pieces[0].total
-
-    def sums(start, stop):
-        def squares(n):
-            return (n - 1) * n * (2 * n - 1) // 6
-
-        return (stop * (stop - 1) - start * (start - 1)) // 2, squares(stop) - squares(start)
-
-    found = [sum(s) for s in zip(*(sums(p.start, p.stop) for p in pieces), strict=True)]
-    if tuple(found) != sums(0, total) or sum(p.stop - p.start for p in pieces) != total:
-        spans = ", ".join(f"{p.start}:{p.stop}" for p in pieces)
-        raise ValueError(f"merge: pieces {spans} do not cover 0:{total} once")
+    ordered = sorted(pieces, key=lambda p: (p.start, p.stop))
+    total, at = ordered[0].total, 0
+    for piece in ordered:
+        if piece.start != at or piece.total != total or not (piece.stop > at or total == 0):
+            spans = ", ".join(f"{p.start}:{p.stop} of {p.total}" for p in ordered)
+            raise ValueError(f"merge: pieces {spans} do not cover 0:{total} once")
+        if piece.seal != piece.hash():
+            raise ValueError(
+                f"merge: piece {piece.start}:{piece.stop} of {total} is not what was sealed: "
+                f"its value or its place was exchanged"
+            )
+        at = piece.stop
+    if at != total:
+        raise ValueError(f"merge: pieces up to {at} do not cover 0:{total} once")
+    return ordered
 
 
 def merge_sum(pieces: Sequence[Piece]) -> Tensor:
     """Sum of partial results, in fp32: the reduce after a product cut along K."""
-    check_cover(pieces)
-    ordered = sorted(pieces, key=lambda p: p.start)
+    ordered = check_cover(pieces)
     return torch.stack([p.value.float() for p in ordered]).sum(0).to(ordered[0].value.dtype)
 
 
 def merge_concat(pieces: Sequence[Piece], dim: int) -> Tensor:
     """Parts side by side: the gather after a product cut along N or along the sequence."""
-    check_cover(pieces)
-    return torch.cat([p.value for p in sorted(pieces, key=lambda p: p.start)], dim)
+    return torch.cat([p.value for p in check_cover(pieces)], dim)
+
+
+def merge_softmax(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of queries whose keys were cut: each piece has seen its own.
+
+    A piece holds the largest logit [...], the sum of exponentials below it [...] and the output
+    times that sum [..., D], in fp32; the largest logit of one that saw no key is -inf. Returns the
+    same three of all keys.
+    """
+    tops, sums, outputs = zip(*(p.value for p in check_cover(pieces)), strict=True)
+    top = torch.stack(tops).amax(0)
+    safe = torch.where(top.isinf(), 0.0, top)  # a query that has seen no key stays at 0
+    total, output = torch.zeros_like(top), torch.zeros_like(outputs[0])
+    for own, part, value in zip(tops, sums, outputs, strict=True):
+        share = torch.exp(own - safe)
+        total += share * part
+        output += share[..., None] * value
+    return top, total, output
 
 
 # ---- tensor parallel ----------------------------------------------------------------------------
@@ -121,31 +155,25 @@ def ring_attention(
 ) -> Tensor:
     """Attention [B, H, S, D] with the sequence over `parts`: keys and values go round a ring.
 
-    Part p holds its queries; in step s it meets the keys of part (p - s) % parts, and folds them
-    into a running maximum, sum and output (online softmax), in fp32.
+    Part p holds its queries; in step s it meets the keys of part (p - s) % parts. What the steps
+    give is merged by maxima and sums, in fp32.
     """
     S, D = q.shape[2], q.shape[3]
     scale = D**-0.5 if scale is None else scale
     spans, out = cut(S, parts), []
     for p, (a, b) in enumerate(spans):
-        mine = q[:, :, a:b].float() * scale
-        top = mine.new_full(mine.shape[:3], float("-inf"))
-        total, result = torch.zeros_like(top), torch.zeros_like(mine)
-        met = []
+        mine, met = q[:, :, a:b].float() * scale, []
         for step in range(parts):
             c, d = spans[(p - step) % parts]
             logits = mine @ k[:, :, c:d].float().transpose(-1, -2)
             if causal:
                 visible = torch.arange(c, d)[None, :] <= torch.arange(a, b)[:, None]
                 logits = logits.masked_fill(~visible, float("-inf"))
-            risen = torch.maximum(top, logits.amax(-1))
-            safe = torch.where(risen.isinf(), 0.0, risen)
-            weight, old = torch.exp(logits - safe[..., None]), torch.exp(top - safe)
-            total = total * old + weight.sum(-1)
-            result = result * old[..., None] + weight @ v[:, :, c:d].float()
-            top = risen
-            met.append(Piece(c, d, S, top))
-        check_cover(met)
+            top = logits.amax(-1)
+            weight = torch.exp(logits - torch.where(top.isinf(), 0.0, top)[..., None])
+            value = (top, weight.sum(-1), weight @ v[:, :, c:d].float())
+            met.append(Piece(c, d, S, value))
+        _, total, result = merge_softmax(met)
         out.append(Piece(a, b, S, (result / total[..., None]).to(q.dtype)))
     return merge_concat(out, 2)
 
@@ -205,8 +233,8 @@ class ShiftedCache:
     def attention(self, q: Tensor, scale: float | None = None) -> Tensor:
         """Attention of one query [..., D] over entries (k, v) of q's shape, merged over the rows.
 
-        Each row of cores gives a maximum, a sum and an output of its own entries, in fp32; a
-        checksum guards the merge: every entry counts once.
+        Each row of cores gives a maximum, a sum and an output of its own entries, in fp32; the
+        merge sees that every entry counts once.
         """
         held, pieces = [len(row) for row in self.rows], []
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -220,10 +248,8 @@ class ShiftedCache:
             start = sum(held[:row])
             value = (top, weight.sum(0), (weight[..., None] * v).sum(0))
             pieces.append(Piece(start, start + len(entries), sum(held), value))
-        check_cover(pieces)
-        tops, sums, outputs = (torch.stack(t) for t in zip(*(p.value for p in pieces), strict=True))
-        share = torch.exp(tops - tops.amax(0))
-        return ((share[..., None] * outputs).sum(0) / (share * sums).sum(0)[..., None]).to(q.dtype)
+        _, total, output = merge_softmax(pieces)
+        return (output / total[..., None]).to(q.dtype)
 
     def entries(self) -> list:
         """All entries, oldest first."""

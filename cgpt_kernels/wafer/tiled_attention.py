@@ -4,15 +4,20 @@ Queries lie over the rows of cores, keys and values over the columns, in shares 
 at most: in decode, with one query, that is how shifts keep the cache. A core's tile goes through
 the CPU kernel, which leaves an output and, of each query, the largest logit and the sum of
 exponentials over the core's own keys; a row of cores adds the outputs, weighted by these, in fp32.
+
+Dropout: sums run over all keys, outputs over those that it keeps. So a tile goes through the kernel
+once for its sums, and once with what is dropped masked away, by the mask of the whole matrix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..backends import _C, _C_REASON
-from .split import Piece, check_cover, cut
+from .split import Piece, cut, merge_softmax
 
 
 def tiled_attention(
@@ -27,47 +32,73 @@ def tiled_attention(
     scale: float,
     causal: bool,
     grid: tuple[int, int],
+    keep_rows: Callable[[int, int], Tensor] | None = None,
+    dropout_p: float = 0.0,
 ) -> None:
     """Fills out and lse, as `_C.attention_fwd` with these arguments does.
 
-    A checksum guards each merge: all keys must have been met once.
+    Args:
+        keep_rows: (a, b) -> what dropout keeps of queries a to b, bool [B, H, b - a, S_k].
     """
     if _C is None:
         raise ImportError(_C_REASON)
-    B, H, S, _ = q.shape
+    B, H, S, D = q.shape
     keys = k.shape[2]
     shift = keys - S  # query i sees keys up to i + shift
     wide = q.float(), k.float(), v.float()
+
+    def kernel(i, j, c, d, diagonal, bias):
+        """Largest logit, sum below it, and output times the sum, of queries i:j and keys c:d."""
+        part, log = torch.empty(B, H, j - i, D), torch.empty(B, H, j - i)
+        stats = torch.empty(B, H, j - i, 2)
+        tile = (wide[0][:, :, i:j], wide[1][:, :, c:d], wide[2][:, :, c:d])
+        mask = None if key_padding_mask is None else key_padding_mask[:, c:d]
+        _C.attention_fwd(*tile, mask, bias, None, part, log, scale, diagonal, 0.0, 0, stats)
+        # A log of 1e38 has no digits left for how many keys: the sum itself travels too.
+        own = stats[..., 1]
+        return log - torch.where(own > 0, own, 1.0).log(), own, part * own[..., None]
+
     for a, b in cut(S, min(grid[0], S)):
-        top = torch.full((B, H, b - a), float("-inf"))
-        total = torch.zeros(B, H, b - a)
-        result = torch.zeros(B, H, b - a, q.shape[3])
         met = []
+        keep = None if keep_rows is None else keep_rows(a, b)
         for c, d in cut(keys, min(grid[1], keys)):
             # The causal border cuts a tile in three: queries above it, on it, and below.
             low = min(max(c - shift, a), b) if causal else a
             full = min(max(d - 1 - shift, low), b) if causal else a
+            tiles = [_blind(B, H, b - a, D) for _ in range(1 if keep is None else 2)]
             for i, j, last in ((low, full, full + shift), (full, b, d)):
                 if i == j:
                     continue
-                part, log = torch.empty(B, H, j - i, q.shape[3]), torch.empty(B, H, j - i)
-                stats = torch.empty(B, H, j - i, 2)
-                tile = (wide[0][:, :, i:j], wide[1][:, :, c:last], wide[2][:, :, c:last])
-                mask = None if key_padding_mask is None else key_padding_mask[:, c:last]
                 bias = _bias(attn_bias, alibi_slopes, (B, H, S, keys), slice(i, j), slice(c, last))
-                _C.attention_fwd(
-                    *tile, mask, bias, None, part, log, scale, j == full, 0.0, 0, stats
-                )
-                rows = slice(i - a, j - a)
-                _merge(
-                    top[:, :, rows], total[:, :, rows], result[:, :, rows], log, stats[..., 1], part
-                )
-            met.append(Piece(c, d, keys, top))
-        check_cover(met)
+                where = (i, j, c, last, j == full)
+                found = [kernel(*where, bias)]
+                if keep is not None:
+                    found.append(kernel(*where, _only(keep[:, :, i - a : j - a, c:last], bias)))
+                for tile, values in zip(tiles, found, strict=True):
+                    for whole, value in zip(tile, values, strict=True):
+                        whole[:, :, i - a : j - a] = value
+            met.append([Piece(c, d, keys, tile) for tile in tiles])
+        (top, total, result), *kept = [merge_softmax(one) for one in zip(*met, strict=True)]
         blind = total == 0  # queries that saw no key
+        for highest, _, result in kept:
+            rescale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+            share = torch.where(highest.isinf(), 0.0, torch.exp(highest - top))
+            result.mul_((rescale * share)[..., None])
         out[:, :, a:b] = (result / total.masked_fill(blind, 1.0)[..., None]).to(out.dtype)
         if lse is not None:
             lse[:, :, a:b] = torch.where(blind, float("-inf"), top + total.log())
+
+
+def _blind(B, H, n, D) -> tuple[Tensor, Tensor, Tensor]:
+    """What n queries that see no key give."""
+    return torch.full((B, H, n), float("-inf")), torch.zeros(B, H, n), torch.zeros(B, H, n, D)
+
+
+def _only(keep: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias of a tile that sees only what is kept."""
+    if bias is None:
+        return keep
+    return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, float("-inf"))
 
 
 def _bias(attn_bias, slopes, shape, rows, columns) -> Tensor | None:
@@ -88,17 +119,3 @@ def _bias(attn_bias, slopes, shape, rows, columns) -> Tensor | None:
     if bias.dtype == torch.bool:
         return penalty.masked_fill(~bias, float("-inf"))
     return penalty + bias
-
-
-def _merge(top, total, result, log, own, part) -> None:
-    """Folds a tile into maxima and sums [..., n] and outputs times sums [..., n, D], in place.
-
-    log, own: of the tile's sums, and these: a log of 1e38 has no digits left for how many keys.
-    """
-    highest = log - torch.where(own > 0, own, 1.0).log()
-    risen = torch.maximum(top, highest)
-    seen = torch.where(risen.isinf(), 0.0, risen)  # a query that has seen no key stays at 0
-    old, new = torch.exp(top - seen), torch.exp(highest - seen) * own
-    total.mul_(old).add_(new)
-    result.mul_(old[..., None]).add_(part * new[..., None])
-    top.copy_(risen)
