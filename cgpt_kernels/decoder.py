@@ -27,6 +27,11 @@ class Projection:
     layout: str
     lora: tuple[PackedWeight, Tensor, float] | None = None
 
+    @property
+    def outputs(self) -> int:
+        transposed = self.layout == "kn" and not isinstance(self.weight, PackedWeight)
+        return self.weight.shape[transposed]
+
     def as_tuple(self) -> tuple:
         w, lora = self.weight, self.lora
         if lora is not None:
@@ -37,11 +42,9 @@ class Projection:
         return w, self.layout, self.bias, lora
 
     def along_inputs(self) -> Projection:
-        return (
-            self
-            if self.layout == "nk"
-            else replace(self, weight=self.weight.t().contiguous(), layout="nk")
-        )
+        if self.layout == "nk" or isinstance(self.weight, PackedWeight):
+            return self
+        return replace(self, weight=self.weight.t().contiguous(), layout="nk")
 
 
 Norm = tuple[Tensor, Tensor | None]  # weight, bias
@@ -114,6 +117,21 @@ def kind_for(asked: str, wte: Tensor) -> str | None:
 KV_CACHES = (None, "int8")
 
 
+def new_cache(
+    parts: Parts, B: int, T: int, kv_cache: str | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values [L, B, H, T, D] of up to T tokens, and of "int8" their scales [L, B, H, T],
+    else None."""
+    checks.is_choice("Decoder", "kv_cache", kv_cache, KV_CACHES)
+    new, L, H = parts.wte.new_empty, len(parts.layers), parts.n_head
+    dtype = torch.int8 if kv_cache == "int8" else parts.wte.dtype
+    keys, values = (new(L, B, H, T, parts.wte.shape[1] // H, dtype=dtype) for _ in range(2))
+    if kv_cache is None:
+        return keys, values, None, None
+    key_scales, value_scales = (new(L, B, H, T, dtype=torch.float32) for _ in range(2))
+    return keys, values, key_scales, value_scales
+
+
 class Decoder:
     """One sequence batch being written: the model's parts and their KV cache.
 
@@ -124,19 +142,11 @@ class Decoder:
     """
 
     def __init__(self, parts: Parts, batch: int, capacity: int, kv_cache: str | None = None):
-        checks.is_choice("Decoder", "kv_cache", kv_cache, KV_CACHES)
         self.parts = parts  # the C++ object borrows their memory
         self._decoder = backends._C.Decoder(*parts.as_arguments())
-        V, C = parts.wte.shape
-        shape = len(parts.layers), batch, parts.n_head, capacity, C // parts.n_head  # L B H T D
-        dtype = torch.int8 if kv_cache == "int8" else parts.wte.dtype
-        self.keys, self.values = (torch.empty(shape, dtype=dtype) for _ in range(2))
-        self.key_scales = self.value_scales = None  # L B H T
-        if kv_cache == "int8":
-            self.key_scales, self.value_scales = (
-                torch.empty(shape[:-1], dtype=torch.float32) for _ in range(2)
-            )
-        self.logits = torch.empty(batch, V, dtype=parts.wte.dtype)
+        cache = new_cache(parts, batch, capacity, kv_cache)
+        self.keys, self.values, self.key_scales, self.value_scales = cache
+        self.logits = parts.wte.new_empty(batch, parts.wte.shape[0])
         self.length = 0
 
     def step(
@@ -166,6 +176,7 @@ class CudaDecoder:
     tokens: int64 [B, total], contents below V; what a step has written may be overwritten before
         the next one.
     padding: int64 [B], how many leading tokens of each row are padding; None: none.
+    kv_cache: as `Decoder` has it. A prompt still sees its own keys and values as they are computed.
 
     Raises ValueError, naming the part, where shapes or dtypes do not fit together.
     """
@@ -176,7 +187,13 @@ class CudaDecoder:
     # Steps that must be left for a capture to be made, which costs about as much as a few of them.
     WORTH_CAPTURING = 8
 
-    def __init__(self, parts: Parts, tokens: Tensor, padding: Tensor | None = None):
+    def __init__(
+        self,
+        parts: Parts,
+        tokens: Tensor,
+        padding: Tensor | None = None,
+        kv_cache: str | None = None,
+    ):
         kernels = backends.cuda_kernels()
         if self.AT_ONCE:
             parts = parts.along_inputs()
@@ -184,15 +201,15 @@ class CudaDecoder:
         self._decoder = kernels.CudaDecoder(*parts.as_arguments(), parts.embeddings_scale)
         (B, self.total), (V, C), H = tokens.shape, parts.wte.shape, parts.n_head
         new, D = parts.wte.new_empty, C // H
-        self.keys, self.values = (new(len(parts.layers), B, H, self.total, D) for _ in range(2))
+        cache = new_cache(parts, B, self.total, kv_cache)
+        self.keys, self.values, self.key_scales, self.value_scales = cache
         self.logits = new(B, V)
-        inner = parts.layers[0].fc.weight.shape[parts.layers[0].fc.layout == "kn"]
-        self._columns = kernels.decoder_room_cuda(C, inner)
-        self._room = new(B, self._columns)
+        self._columns = kernels.decoder_room_cuda(C, parts.layers[0].fc.outputs)
+        self._memory = self._memory_of(1)
         work = B * H * kernels.decoder_attention_cuda(self.total, D)
         self._work = new(work, dtype=torch.float32)
         self._state: Tensor | None = None  # of the one launch
-        if self.AT_ONCE and self._decoder.at_once_fits(B):
+        if self.AT_ONCE and kv_cache is None and self._decoder.at_once_fits(B):
             words = kernels.decoder_persistent_state_cuda(B, H, self.total, D)
             self._state = tokens.new_zeros(words, dtype=torch.int32)
         self._hidden = torch.ones_like(tokens, dtype=torch.bool)
@@ -214,26 +231,30 @@ class CudaDecoder:
         if self._graph is not None:
             self._graph.replay()
         elif S > 1:
-            self._launch(self._room.new_empty(S * self._room.shape[0], self._columns))
+            self._launch(self._memory_of(S))
         elif first or not self.tokens.is_cuda or self.total - self.length < self.WORTH_CAPTURING:
-            self._launch(self._room)
+            self._launch(self._memory)
         else:
             self._capture()
         return self.logits
 
-    def _launch(self, room: Tensor) -> None:
+    def _memory_of(self, S: int) -> tuple[Tensor, Tensor]:
+        """What a step of S tokens works in: the room of its rows, and that of a weight which is
+        unpacked before it is multiplied."""
+        B, new = self.tokens.shape[0], self.parts.wte.new_empty
+        return new(B * S, self._columns), new(self._decoder.unpacked(B * S, B))
+
+    def _launch(self, memory: tuple[Tensor, Tensor]) -> None:
         place = self.tokens, self._length, self._padding, self._hidden
-        tensors = *place, self.keys, self.values, room, self._work, self.logits
-        if self._state is not None and room is self._room:
-            self._decoder.step_at_once(*tensors, self._state)
-        else:
-            self._decoder.step(*tensors)
+        cache = self.keys, self.values, self.key_scales, self.value_scales
+        state = self._state if memory is self._memory else None
+        self._decoder.step(*place, *cache, *memory, self._work, self.logits, state)
 
     def _capture(self) -> None:
         """One step as it is, which loads what it needs, then the graph of those to come."""
         with torch.cuda.device(self.tokens.device):
-            self._launch(self._room)
+            self._launch(self._memory)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._launch(self._room)
+                self._launch(self._memory)
         self._graph = graph

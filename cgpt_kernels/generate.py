@@ -47,7 +47,7 @@ def generate(
         never ends one early.
     attention_mask: [B, S], 0 for padding, which must be on the left. None: no padding.
     kv_cache: "int8" keeps keys and values in 8 bits with a scale for each head and token, half of
-        bf16's memory: a wholly replaced model on a CPU. None keeps them in the model's dtype.
+        bf16's memory, in a wholly replaced model. None keeps them in the model's dtype.
     stream: called after each step with the new tokens, int64 [B], on the CPU.
 
     Returns int64 [B, S + n], n <= max_new_tokens: shorter only when every sequence has ended.
@@ -140,7 +140,7 @@ class _CudaDecoderSteps(_DecoderSteps):
 
     def start(self, tokens: Tensor, mask: Tensor | None) -> None:
         padding = None if mask is None else (mask == 0).sum(1)  # B
-        self.decoder = decoder.CudaDecoder(self.parts, tokens, padding)
+        self.decoder = decoder.CudaDecoder(self.parts, tokens, padding, self.kv_cache)
 
     def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         return self.decoder.step(ids.shape[1])  # B V
@@ -182,15 +182,14 @@ class _HuggingFaceSteps:
 def _adapter(model: nn.Module, use_cache: bool, kv_cache: str | None):
     checks.is_choice("generate", "kv_cache", kv_cache, decoder.KV_CACHES)
     parts = decoder_parts(model) if use_cache else None
-    if parts is not None and parts.backend == "cpu":
-        return _DecoderSteps(parts, kv_cache)
+    if parts is not None:
+        steps = _DecoderSteps if parts.backend == "cpu" else _CudaDecoderSteps
+        return steps(parts, kv_cache)
     if kv_cache is not None:
         raise ValueError(
-            f"generate: kv_cache={kv_cache!r} needs use_cache and a wholly replaced model on a "
-            "CPU: call cgpt_kernels.replace(model), whose .table tells what is left alone"
+            f"generate: kv_cache={kv_cache!r} needs use_cache and a wholly replaced model: call "
+            "cgpt_kernels.replace(model), whose .table tells what is left alone"
         )
-    if parts is not None:
-        return _CudaDecoderSteps(parts)
     plain = getattr(model, "_orig_mod", model)  # torch.compile wraps the module
     if isinstance(plain, GPT):
         return _ReferenceSteps(model, plain.config, use_cache)

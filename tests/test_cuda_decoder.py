@@ -1,5 +1,6 @@
 """The decoder's step on CUDA, on the host implementation and where there is a GPU on that."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import cgpt_kernels as ck
 from cgpt_kernels import backends
 from cgpt_kernels.decoder import CudaDecoder
-from cgpt_kernels.replace import decoder_parts
+from cgpt_kernels.ops.gemm import pack_weight
+from cgpt_kernels.replace import QUANTIZED, decoder_parts, packing
 from tests import small_gpt2
 from tests.test_decoder import CONFIG, MUP, hold_logits, reference
 
@@ -58,18 +60,18 @@ def at_once(request, monkeypatch):
 both_ways = pytest.mark.usefixtures("at_once")
 
 
-def replaced(model, device):
+def replaced(model, device, **options):
     model = model.to(device)
-    ck.replace(model, backend="cuda")
+    ck.replace(model, backend="cuda", **options)
     assert decoder_parts(model).backend == "cuda"
     return model
 
 
-def written(model, device, ids, total, padding=None):
+def written(model, device, ids, total, padding=None, kv_cache=None):
     """A decoder of the model behind a prompt, and the logits behind that."""
     tokens = torch.full((ids.shape[0], total), -1, device=device)
     tokens[:, : ids.shape[1]] = ids.to(device)
-    made = CudaDecoder(decoder_parts(model), tokens, padding)
+    made = CudaDecoder(decoder_parts(model), tokens, padding, kv_cache)
     return made, made.step(ids.shape[1])
 
 
@@ -102,6 +104,103 @@ def test_generate_writes_eagers_tokens(family, device):
         torch.equal(ck.generate(model, ids, 8, **way), tokens)
         for way, tokens in zip(ways, wanted, strict=True)
     )
+
+
+def dequantized(model, quantize, dtype):
+    """The eager model of this dtype whose projections are what `quantize` makes of the model's."""
+    plain = copy.deepcopy(model)
+    with ck.replace(copy.deepcopy(model), backend="cuda", quantize=quantize) as replacement:
+        packed = dict(replacement.model.named_modules())
+        for name, module in plain.double().named_modules():
+            if getattr(packed[name], "packed_copy", None):
+                weight = packed[name].packed_copy.weight.unpack(torch.float64)
+                kn = packed[name].weight_layout == "kn"
+                # a tied embedding keeps its own
+                module.weight = torch.nn.Parameter(weight.t().contiguous() if kn else weight)
+    return plain.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("quantize", QUANTIZED)
+def test_quantized_logits_hold_the_rule_against_the_weights_they_stand_for(quantize, dtype, device):
+    model, ids = reference(MUP, dtype), small_gpt2.tokens(3, 14)  # of 30 rows and of 3
+    eager, truth = (dequantized(model, quantize, t) for t in (dtype, torch.float64))
+    run, logits = written(replaced(model, device, quantize=quantize), device, ids[:, :10], 64)
+    hold_logits(logits.cpu(), eager, ids[:, :10], truth=truth)
+    for at in range(10, 14):
+        run.tokens[:, at] = ids[:, at].to(device)
+        hold_logits(run.step().cpu(), eager, ids[:, : at + 1], truth=truth)
+
+
+@in_every_order
+@pytest.mark.parametrize("quantize", QUANTIZED)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_generate_writes_the_tokens_of_the_dequantized_model(family, quantize, device):
+    """With 16 sequences and more a step of one token writes the weights out, too."""
+    model = family().half()
+    ids, mask = (t.to(device) for t in small_gpt2.left_padded(17, 5))
+    wanted = ck.generate(
+        dequantized(model, quantize, torch.float64).to(device), ids, 3, attention_mask=mask
+    )
+    replaced(model, device, quantize=quantize)
+    for rows in (17, 3):
+        found = ck.generate(model, ids[:rows], 3, attention_mask=mask[:rows])
+        assert torch.equal(found, wanted[:rows])
+
+
+def test_packed_copies_are_made_once_and_follow_their_weights(device, monkeypatch):
+    made = []
+    pack = packing.pack_weight
+    monkeypatch.setattr(packing, "pack_weight", lambda *a, **k: made.append(1) or pack(*a, **k))
+    model = replaced(reference(dtype=torch.bfloat16), device, quantize="int8")
+    ids = small_gpt2.tokens(2, 5).to(device)
+    first = ck.generate(model, ids, 2)
+    assert torch.equal(ck.generate(model, ids, 2), first)
+    assert len(made) == 4 * CONFIG.n_layer + 1
+    model.transformer.h[1].mlp.c_fc.weight.zero_()
+    ck.generate(model, ids, 2)
+    assert len(made) == 4 * CONFIG.n_layer + 2
+
+
+def test_quantized_modules_and_what_keeps_no_original_compute_the_same(device):
+    """The modules' own gemm, where a hook keeps the decoder away; packed copies alone."""
+    model, ids = reference(dtype=torch.float16), small_gpt2.tokens(2, 5).to(device)
+    replaced(model, device, quantize="int4")
+    logits = model(ids)
+    wanted = ck.generate(model, ids, 4)
+    handle = model.transformer.h[0].register_forward_hook(lambda *_: None)
+    assert decoder_parts(model) is None
+    assert torch.equal(ck.generate(model, ids, 4), wanted)
+    handle.remove()
+    replaced(model, device, quantize="int4", keep_original=False)
+    assert model.transformer.h[0].mlp.c_fc.weight.is_meta
+    assert torch.equal(model(ids), logits) and torch.equal(ck.generate(model, ids, 4), wanted)
+    ck.restore(model)
+    assert not model.transformer.h[0].mlp.c_fc.weight.is_meta
+
+
+def test_what_cannot_be_quantized_on_cuda_is_told(device):
+    model = reference().to(device)
+    with pytest.raises(ValueError, match=r"'int8' needs weights in bf16 or fp16 on cuda, got fl"):
+        ck.replace(model, backend="cuda", quantize="int8")
+    with pytest.raises(ValueError, match=r"keep_original=False needs backend 'auto' or 'cpu'"):
+        ck.replace(model, backend="cuda", keep_original=False)
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
+    parts = decoder_parts(replaced(model, device))
+    for format, message in (
+        ("int8", "packed weights need embeddings in bf16 or fp16, got float32"),
+        ("f32", "a packed weight must be int8 or int4"),
+    ):
+        packed = pack_weight(model.lm_head.weight.cpu(), format)
+        packed.data = packed.data.to(device)
+        head = dataclasses.replace(parts.head, weight=packed)
+        with pytest.raises(ValueError, match=message):
+            CudaDecoder(dataclasses.replace(parts, head=head), tokens)
+    replaced(model, device, quantize="int8", dtype=torch.bfloat16)
+    model.float()
+    assert decoder_parts(model) is None
+    with pytest.raises(ValueError, match="x is float32, beside a packed weight it takes bfloat16"):
+        model(tokens)
 
 
 @both_ways
@@ -184,16 +283,75 @@ def test_a_step_allocates_nothing_and_takes_the_same_arguments(device, at_once, 
 
     class Spy:
         def step(self, *tensors):
-            calls.append([(t.data_ptr(), t.shape, t.stride()) for t in tensors])
-            getattr(real, "step_at_once" if at_once else "step")(*tensors)
-
-        step_at_once = step
+            given = [t for t in tensors if t is not None]
+            calls.append([(t.data_ptr(), t.shape, t.stride()) for t in given])
+            real.step(*tensors)
 
     real, run._decoder = run._decoder, Spy()
     monkeypatch.setattr(CudaDecoder, "WORTH_CAPTURING", 1000)
     for _ in range(4):
         run.step()
     assert all(call == calls[0] for call in calls) and len(calls) == 4
+    assert (run._state is not None) is at_once
+
+
+# ---- keys and values in 8 bits -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_rows_are_the_cpus_and_a_prompt_sees_its_own(dtype, device):
+    model, ids = replaced(reference(dtype=dtype), device), small_gpt2.tokens(3, 9).to(device)
+    plain, wanted = written(model, device, ids, 12)
+    small, logits = written(model, device, ids, 12, kv_cache="int8")
+    assert torch.equal(logits, wanted) and torch.equal(small.tokens, plain.tokens)
+    for name, scales in ("keys", "key_scales"), ("values", "value_scales"):
+        exact, rows = (getattr(run, name)[:, :, :, :9].float() for run in (plain, small))
+        found = rows * getattr(small, scales)[:, :, :, :9, None]
+        assert (rows.abs().amax(-1) == 127).all()
+        assert ((found - exact).abs() <= exact.abs().amax(-1, keepdim=True) / 253.9).all()
+
+
+@in_every_order
+@pytest.mark.parametrize("n_embd", [48, 136])  # heads of 16, and of 34 in rows of any alignment
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_those_of_the_rows_as_they_are_stored(dtype, n_embd, device):
+    """A decoder that is given the int8 rows' values in its own dtype says the same; 130 keys are
+    two chunks."""
+    heads = 3 if n_embd == 48 else 4
+    sizes = dict(n_embd=n_embd, n_head=heads, n_layer=1, n_positions=140)
+    model = replaced(reference(dataclasses.replace(CONFIG, **sizes), dtype), device)
+    padding = torch.tensor([0, 5], device=device)
+    ids = small_gpt2.tokens(2, 129).to(device)
+    small, _ = written(model, device, ids, 140, padding, kv_cache="int8")
+    plain, _ = written(model, device, ids, 140, padding)
+    for scales in small.key_scales, small.value_scales:
+        scales[:, 1, :, :5] = float("nan")  # behind padding
+    for name, scales in ("keys", small.key_scales), ("values", small.value_scales):
+        getattr(plain, name)[:] = (getattr(small, name) * scales[..., None]).to(dtype)
+    plain.tokens[:, 129] = small.tokens[:, 129]
+    found, wanted = small.step().float(), plain.step().float()
+    # the new token's own row is exact in `plain`, and values are rounded to its dtype
+    assert (found - wanted).abs().max() <= 0.01 * wanted.abs().max()
+
+
+def test_a_row_that_is_not_finite_is_nan_whole_and_vanishing_ones_are_zero(device):
+    model = replaced(reference(), device)
+    bias = model.transformer.h[0].attn.c_attn.bias
+    bias[48 + 20] = float("inf")  # of keys, head 1
+    model.transformer.h[0].attn.c_attn.weight[96:112] = 0  # of values, head 0
+    bias[96:112] = 1e-31
+    run, _ = written(model, device, small_gpt2.tokens(2, 5), 8, kv_cache="int8")
+    assert run.key_scales[0, :, 1, :5].isnan().all()
+    assert run.key_scales[0, :, 0, :5].isfinite().all()
+    assert not run.value_scales[0, :, 0, :5].any() and not run.values[0, :, 0, :5].any()
+
+
+def test_generate_writes_the_cpus_tokens_with_an_int8_cache(device):
+    model, ids = reference(), small_gpt2.tokens(2, 6)
+    with ck.replace(model, backend="cpu"):
+        wanted = ck.generate(model, ids, 6, kv_cache="int8")
+    replaced(model, device)
+    assert torch.equal(ck.generate(model, ids.to(device), 6, kv_cache="int8").cpu(), wanted)
 
 
 WIDER = dataclasses.replace(CONFIG, n_embd=320, n_head=4, n_layer=1, n_inner=640, n_positions=80)

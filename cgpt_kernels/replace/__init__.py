@@ -103,8 +103,9 @@ def replace(
         runs or raises.
     dtype: casts the model, as model.to(dtype) does; `restore` does not cast back.
     quantize: None; "int8", a scale per output channel; "int4", a scale per 64 values along the
-        input. Weights of nn.Linear and Conv1D only, for inference on the CPU; under "int4" a head
-        tied to an embedding is int8. `restore` goes back to the weights as they were.
+        input. Weights of nn.Linear and Conv1D only, for inference on the CPU or, in bf16 and fp16,
+        by the CUDA kernels; under "int4" a head tied to an embedding is int8. `restore` goes back
+        to the weights as they were.
     keep_original: False frees the memory of every weight that has a packed copy and is not tied to
         another module: for inference only. The state_dict then unpacks, exactly where weights are
         not quantized, and so does `restore`.
@@ -232,8 +233,11 @@ def _check_ours(modules: Iterable[nn.Module]) -> None:
 def _check_packing(model, backend, quantize, changes, dtype) -> None:
     """ValueError where weights cannot be packed as asked."""
     asked = f"quantize={quantize!r}" if quantize else "keep_original=False"
-    if backend not in ("auto", "cpu"):
-        raise ValueError(f"replace: {asked} needs backend 'auto' or 'cpu', got {backend!r}")
+    able = ("auto", "cpu", "cuda") if quantize else ("auto", "cpu")  # float copies are the CPU's
+    if backend not in able:
+        raise ValueError(
+            f"replace: {asked} needs backend {checks.one_of(map(repr, able))}, got {backend!r}"
+        )
     if backends._C is None:
         raise ValueError(f"replace: {asked} cannot run: {backends._C_REASON}")
     packable = [m for m, fused in changes if issubclass(fused, packing.Packable)]
@@ -249,8 +253,15 @@ def _check_packing(model, backend, quantize, changes, dtype) -> None:
                     "up; restore the model first"
                 )
             continue
-        weight = module.weight
-        if weight.device.type != "cpu" or (dtype or weight.dtype) not in backends.KERNEL_DTYPES:
+        weight, kept = module.weight, dtype or module.weight.dtype
+        built = quantize and backends.implementation("gemm", "cuda")[0]
+        if backend == "cuda" or (built and weight.is_cuda):
+            if kept not in checks.LOW_PRECISION:
+                raise ValueError(
+                    f"replace: {asked} needs weights in bf16 or fp16 on cuda, got "
+                    f"{checks.name_of(kept)}; pass dtype=torch.bfloat16"
+                )
+        elif not weight.is_cpu or kept not in backends.KERNEL_DTYPES:
             raise ValueError(
                 f"replace: {asked} needs weights in fp32, bf16 or fp16 on cpu, got "
                 f"{checks.name_of(weight.dtype)} on {weight.device.type}"

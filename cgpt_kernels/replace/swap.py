@@ -27,6 +27,7 @@ from torch.nn.modules.module import (
 from cgpt_kernels import ops
 from cgpt_kernels.decoder import Projection, kind_for
 from cgpt_kernels.ops.gemm import pack_weight
+from cgpt_kernels.ops.gemm.gemm_cuda import unsupported_packed
 from cgpt_kernels.replace.packing import current, given_up, packed
 
 # Weights whose memory an op may read. Subclasses (quantised, sharded) bring their own arithmetic.
@@ -231,7 +232,7 @@ def project_add(
 def projection(linear: nn.Module, cls: type, kind: str) -> Projection | None:
     """What a decoder multiplies by in place of `linear`; None where it must be called.
 
-    kind: the decoder's backend; "cuda" takes neither packed weights nor LoRA.
+    kind: the decoder's backend; "cuda" takes int8 and int4 copies alone, and no LoRA.
     """
     held = linear.base_layer if type(linear).__module__ in _LORA else linear
     by = product(linear, cls, held.weight.dtype)
@@ -239,9 +240,15 @@ def projection(linear: nn.Module, cls: type, kind: str) -> Projection | None:
         return None
     bias = None if by.bias is None else by.bias.detach()
     if kind == "cuda":
-        if by.lora is not None or by.linear.quantize is not None or given_up(by.linear):
+        if by.lora is not None:
             return None
-        return Projection(by.weight.detach(), bias, cls.weight_layout)
+        weight = by.weight.detach()
+        if by.linear.quantize is not None or given_up(by.linear):
+            copy = current(by.linear, weight)
+            if copy is None or unsupported_packed(weight, copy.format):
+                return None
+            weight = copy
+        return Projection(weight, bias, cls.weight_layout)
     if not (by.linear.packed_copy or by.weight.is_cpu):
         return None
     weight = current(by.linear, by.weight) or by.weight.detach()

@@ -132,18 +132,19 @@ void embed_weight(const DecoderEmbedArgs& a) {
 
 // ---- the cache ----------------------------------------------------------------------------------
 
-template <class T>
+template <class T, class KV>
 struct Append {
   Place place;
   const T* qkv;
-  T* cache[2];  // keys, values: of one layer
-  int64_t qkv_row, cache_b[2], cache_h[2], cache_s[2];
+  KV* cache[2];      // keys, values: of one layer
+  float* scales[2];  // of int8
+  int64_t qkv_row, cache_b[2], cache_h[2], cache_s[2], scales_b[2], scales_h[2];
   int C, D;
 };
 
 // A block per row and cache. kTogether values move at once, 1 where heads or rows are not aligned.
 template <class T, int kTogether>
-__global__ void __launch_bounds__(kThreads) decoder_append_kernel(const Append<T> p) {
+__global__ void __launch_bounds__(kThreads) decoder_append_kernel(const Append<T, T> p) {
   const int64_t row = block_x(), b = row / p.place.S, at = p.place.at(b, row % p.place.S);
   const int which = static_cast<int>(block_y());
   const T* from = p.qkv + row * p.qkv_row + (1 + which) * p.C;
@@ -152,25 +153,78 @@ __global__ void __launch_bounds__(kThreads) decoder_append_kernel(const Append<T
     store(to + c / p.D * p.cache_h[which] + c % p.D, load<kTogether>(from + c));
 }
 
+// The same into int8, by the rule of csrc/ops/attention/int8_rows.h: a warp per head.
 template <class T>
-void append(const DecoderPlace& place, const TensorView& qkv, const TensorView& keys,
-            const TensorView& values, int64_t layer) {
-  Append<T> p{};
+__global__ void __launch_bounds__(kThreads) decoder_append_int8_kernel(const Append<T, int8_t> p) {
+  constexpr int kEach = kAttentionWidest / kWarp;
+  const int64_t row = block_x(), b = row / p.place.S, at = p.place.at(b, row % p.place.S);
+  const int which = static_cast<int>(block_y());
+  for (int h = warp(); h < p.C / p.D; h += kWarps) {
+    const T* from = p.qkv + row * p.qkv_row + (1 + which) * p.C + h * p.D;
+    float x[kEach];
+    int top = 0;  // as integers magnitudes order like the floats do, and NaN is the largest
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int d = lane() + i * kWarp;
+      x[i] = d < p.D ? to_float(from[d]) : 0.0f;
+      const int magnitude = __builtin_bit_cast(int, x[i]) & 0x7fffffff;
+      top = magnitude > top ? magnitude : top;
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const int other = shuffle_xor(top, offset);
+      top = other > top ? other : top;
+    }
+    const float extreme = __builtin_bit_cast(float, top);
+    const bool finite = extreme <= 3.402823466e38f;
+    // Below this the inverse would overflow; such a row counts as zero.
+    const bool vanishing = extreme < 1e-30f;
+    const float inverse = finite && !vanishing ? 127.0f / extreme : 0.0f;
+    int8_t* to =
+        p.cache[which] + b * p.cache_b[which] + h * p.cache_h[which] + at * p.cache_s[which];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      // Adding 1.5 * 2^23 rounds to the nearest integer, whose byte is then the lowest of the sum.
+      const float sum = fmaf(x[i], inverse, 12582912.0f);
+      const int d = lane() + i * kWarp;
+      if (d < p.D) to[d] = static_cast<int8_t>(finite ? __builtin_bit_cast(int, sum) : 0);
+    }
+    const float scale = vanishing ? 0.0f : extreme / 127.0f;
+    if (lane() == 0)
+      p.scales[which][b * p.scales_b[which] + h * p.scales_h[which] + at] = finite ? scale : NAN;
+  }
+}
+
+template <class T, class KV>
+void append(const DecoderPlace& place, const TensorView& qkv, const DecoderCache& cache,
+            int64_t layer) {
+  Append<T, KV> p{};
   p.place = place_of(place);
   p.qkv = qkv.as<const T>(), p.qkv_row = qkv.strides[0];
-  p.C = static_cast<int>(qkv.shape[1] / 3), p.D = static_cast<int>(keys.shape[4]);
+  p.C = static_cast<int>(qkv.shape[1] / 3), p.D = static_cast<int>(cache.keys.shape[4]);
   bool vectors = p.D % Vec<T>::kSize == 0 && aligned<16>(p.qkv, p.qkv_row);
-  const TensorView* caches[2] = {&keys, &values};
+  const TensorView* rows[2] = {&cache.keys, &cache.values};
+  const TensorView* scales[2] = {&cache.key_scales, &cache.value_scales};
   for (int i = 0; i < 2; ++i) {
-    const int64_t* s = caches[i]->strides;
-    p.cache[i] = caches[i]->as<T>() + layer * s[0];
+    const int64_t* s = rows[i]->strides;
+    p.cache[i] = rows[i]->as<KV>() + layer * s[0];
     p.cache_b[i] = s[1], p.cache_h[i] = s[2], p.cache_s[i] = s[3];
     for (const int64_t stride : {s[1], s[2], s[3]})
       vectors = vectors && aligned<16>(p.cache[i], stride);
+    s = scales[i]->strides;
+    p.scales[i] = scales[i]->as<float>() + layer * s[0];
+    p.scales_b[i] = s[1], p.scales_h[i] = s[2];
   }
   const Launch l{.grid_x = qkv.shape[0], .grid_y = 2, .threads = kThreads, .like = qkv};
-  if (vectors) launch("decoder", l, &decoder_append_kernel<T, Vec<T>::kSize>, p);
+  if constexpr (sizeof(KV) == 1) launch("decoder", l, &decoder_append_int8_kernel<T>, p);
+  else if (vectors) launch("decoder", l, &decoder_append_kernel<T, Vec<T>::kSize>, p);
   else launch("decoder", l, &decoder_append_kernel<T, 1>, p);
+}
+
+template <class T>
+void append(const DecoderPlace& place, const TensorView& qkv, const DecoderCache& cache,
+            int64_t layer) {
+  if (cache.key_scales) append<T, int8_t>(place, qkv, cache, layer);
+  else append<T, T>(place, qkv, cache, layer);
 }
 
 // ---- the greedy token ---------------------------------------------------------------------------
@@ -207,7 +261,7 @@ void choose(const DecoderPlace& place, const TensorView& logits) {
 
 // ---- views --------------------------------------------------------------------------------------
 
-int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
+int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2; }
 
 // Columns [first, first + count) of a matrix.
 TensorView columns_of(const TensorView& x, int64_t first, int64_t count) {
@@ -227,24 +281,41 @@ TensorView heads_of(const TensorView& x, int64_t B, int64_t D) {
   return v;
 }
 
-// Layer `l` of the cache, its first `tokens` tokens.
+// Layer `l` of the cache, or of its scales, with its first `tokens` tokens.
 TensorView cached(const TensorView& cache, int64_t l, int64_t tokens) {
+  if (!cache) return {};
   TensorView v = cache;
   v.data = cache.as<char>() + l * cache.strides[0] * bytes_of(cache.dtype);
-  v.ndim = 4;
-  for (int d = 0; d < 4; ++d) v.shape[d] = cache.shape[d + 1], v.strides[d] = cache.strides[d + 1];
+  v.ndim = cache.ndim - 1;
+  for (int d = 0; d < v.ndim; ++d)
+    v.shape[d] = cache.shape[d + 1], v.strides[d] = cache.strides[d + 1];
   v.shape[2] = tokens;
   return v;
 }
 
+template <class F>
+void for_each(const DecoderWeights& w, F&& f) {
+  for (const DecoderLayer& l : w.layers)
+    for (const Projection* p : {&l.qkv, &l.proj, &l.fc, &l.out}) f(*p);
+  f(w.head);
+}
+
 void project(const Projection& p, const TensorView& x, const TensorView& residual,
-             const TensorView& y, Activation activation = Activation::none) {
-  TensorView b = p.weight;
-  if (p.weight_kn) {
-    std::swap(b.shape[0], b.shape[1]);
-    std::swap(b.strides[0], b.strides[1]);
+             const TensorView& y, const TensorView& unpacked,
+             Activation activation = Activation::none) {
+  GemmProductArgs args{x, p.weight, p.bias, residual, y, {}, activation};
+  TensorView& b = args.b;
+  if (p.weight) {
+    if (p.weight_kn) std::swap(b.shape[0], b.shape[1]), std::swap(b.strides[0], b.strides[1]);
+    return gemm_product_cuda(args);
   }
-  gemm_product_cuda({x, b, p.bias, residual, y, {}, activation});
+  if (x.shape[0] > kPackedCudaRows) {
+    b = unpacked;
+    b.ndim = 2;
+    b.shape[0] = p.packed.N, b.shape[1] = p.packed.K;
+    b.strides[0] = p.packed.K, b.strides[1] = 1;
+  }
+  packed_gemm_cuda({args, p.packed});
 }
 
 }  // namespace
@@ -255,11 +326,11 @@ void decoder_embed_cuda(const DecoderEmbedArgs& args) {
   if (args.x.dtype == DType::f16) embed_weight<f16>(args);
 }
 
-void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv, const TensorView& keys,
-                         const TensorView& values, int64_t layer) {
-  if (qkv.dtype == DType::f32) append<float>(place, qkv, keys, values, layer);
-  if (qkv.dtype == DType::bf16) append<bf16>(place, qkv, keys, values, layer);
-  if (qkv.dtype == DType::f16) append<f16>(place, qkv, keys, values, layer);
+void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv,
+                         const DecoderCache& cache, int64_t layer) {
+  if (qkv.dtype == DType::f32) append<float>(place, qkv, cache, layer);
+  if (qkv.dtype == DType::bf16) append<bf16>(place, qkv, cache, layer);
+  if (qkv.dtype == DType::f16) append<f16>(place, qkv, cache, layer);
 }
 
 void decoder_choose_cuda(const DecoderPlace& place, const TensorView& logits) {
@@ -273,11 +344,25 @@ CudaDecoder::CudaDecoder(DecoderWeights weights, float embeddings_scale, Device 
   decoder_weights_check(w_, device_);
   const Checker c{"Decoder", device_};
   c.require(w_.wte.shape[1] / w_.heads <= kAttentionWidest, "heads must be at most 256 wide");
-  const auto plain = [](const Projection& p) { return p.weight && !p.lora_b; };
-  bool all = plain(w_.head);
-  for (const DecoderLayer& l : w_.layers)
-    all = all && plain(l.qkv) && plain(l.proj) && plain(l.fc) && plain(l.out);
-  c.require(all, "on CUDA weights must be plain tensors, neither packed nor under LoRA");
+  for_each(w_, [&](const Projection& p) {
+    const WeightFormat f = p.packed.format;
+    c.require(p.weight || f == WeightFormat::int8 || f == WeightFormat::int4,
+              "on CUDA a packed weight must be int8 or int4");
+    c.require(p.weight || w_.wte.dtype != DType::f32,
+              "on CUDA packed weights need embeddings in bf16 or fp16, got float32");
+    c.require(p.weight || aligned<16>(static_cast<const char*>(p.packed.data)),
+              "packed weights must be aligned to 16 bytes");
+    c.require(!p.lora_b, "on CUDA weights must not be under LoRA");
+  });
+}
+
+int64_t CudaDecoder::unpacked(int64_t rows, int64_t B) const {
+  int64_t most = 0;
+  for_each(w_, [&](const Projection& p) {
+    const int64_t count = p.weight ? 0 : p.packed.N * p.packed.K;
+    if ((&p == &w_.head ? B : rows) > kPackedCudaRows && count > most) most = count;
+  });
+  return most;
 }
 
 void CudaDecoder::check(const CudaDecoderStep& s) const {
@@ -299,13 +384,22 @@ void CudaDecoder::check(const CudaDecoderStep& s) const {
   held("length", s.length, {B}, DType::i64);
   held("padding", s.padding, {B}, DType::i64);
   held("hidden", s.hidden, {B, total}, DType::boolean);
-  held("keys", s.keys, {L, B, H, total, D}, w_.wte.dtype);
-  held("values", s.values, {L, B, H, total, D}, w_.wte.dtype);
+  const DecoderCache& cache = s.cache;
+  const DType stored = cache.key_scales ? DType::i8 : w_.wte.dtype;
+  held("keys", cache.keys, {L, B, H, total, D}, stored);
+  held("values", cache.values, {L, B, H, total, D}, stored);
+  c.require(bool(cache.key_scales) == bool(cache.value_scales),
+            "scales of keys and values come together");
+  if (cache.key_scales) {
+    held("key_scales", cache.key_scales, {L, B, H, total}, DType::f32);
+    held("value_scales", cache.value_scales, {L, B, H, total}, DType::f32);
+  }
   held("room", s.room, {rows, decoder_room(C, inner)}, w_.wte.dtype);
   c.require(rows > 0 && rows % B == 0 && rows / B <= total, [&] {
     return "room must have B * S rows, B = " + std::to_string(B) + " and S up to " +
            std::to_string(total) + ", got " + std::to_string(rows);
   });
+  held("unpacked", s.unpacked, {unpacked(rows, B)}, w_.wte.dtype);
   held("attention", s.attention, {B * H * attention_work(1, total, D)}, DType::f32);
   held("logits", s.logits, {B, V}, w_.wte.dtype);
 }
@@ -320,8 +414,9 @@ void CudaDecoder::step_at_once(const CudaDecoderStep& s, const TensorView& state
             "one launch takes up to 4 sequences, 48 layers, dense weights [N, K] and widths that "
             "are multiples of 8");
   c.require(s.room.shape[0] == B, "one launch takes one token of each sequence");
+  c.require(!s.cache.key_scales, "one launch keeps keys and values in the model's dtype");
   for (const auto& [name, t] :
-       {std::pair{"keys", &s.keys}, {"values", &s.values}, {"logits", &s.logits}})
+       {std::pair{"keys", &s.cache.keys}, {"values", &s.cache.values}, {"logits", &s.logits}})
     c.require(flat_of(*t).ndim == 1 && aligned<16>(t->as<char>()),
               [&, name = name] { return std::string(name) + " must be dense"; });
   for (const TensorView* t : {&s.tokens, &s.hidden})
@@ -357,20 +452,27 @@ void CudaDecoder::step(const CudaDecoderStep& s) const {
     const DecoderLayer& layer = w_.layers[static_cast<size_t>(l)];
     if (l > 0) norm(layer.norm1, x, y);
     else decoder_embed_cuda({place, w_.wte, w_.wpe, layer.norm1, x, y, embeddings_scale_, w_.eps});
-    project(layer.qkv, y, none, qkv);
-    decoder_append_cuda(place, qkv, s.keys, s.values, l);
+    project(layer.qkv, y, none, qkv, s.unpacked);
+    decoder_append_cuda(place, qkv, s.cache, l);
     AttentionArgs a{};
     a.q = heads_of(columns_of(qkv, 0, C), B, D);
-    a.k = cached(s.keys, l, visible), a.v = cached(s.values, l, visible);
+    if (S == 1 || !s.cache.key_scales) {
+      a.k = cached(s.cache.keys, l, visible), a.v = cached(s.cache.values, l, visible);
+      a.k_scale = cached(s.cache.key_scales, l, visible);
+      a.v_scale = cached(s.cache.value_scales, l, visible);
+    } else {  // a prompt reads its own keys and values, before they were rounded to int8
+      a.k = heads_of(columns_of(qkv, C, C), B, D);
+      a.v = heads_of(columns_of(qkv, 2 * C, C), B, D);
+    }
     a.key_padding_mask = hidden;
     a.out = heads_of(heads, B, D);
     a.scale = layer.attention_scale;
     a.causal = S > 1;
     attention_fwd_cuda(a, s.attention.as<float>());
-    project(layer.proj, heads, x, x);
+    project(layer.proj, heads, x, x, s.unpacked);
     norm(layer.norm2, x, y);
-    project(layer.fc, y, none, wide, w_.activation);
-    project(layer.out, wide, x, x);
+    project(layer.fc, y, none, wide, s.unpacked, w_.activation);
+    project(layer.out, wide, x, x, s.unpacked);
   }
   TensorView last = x;  // each sequence's last row
   last.data = x.as<char>() + (S - 1) * x.strides[0] * bytes_of(x.dtype);
@@ -379,7 +481,7 @@ void CudaDecoder::step(const CudaDecoderStep& s) const {
   TensorView normed = y;
   normed.shape[0] = B;
   norm(w_.norm, last, normed);
-  project(w_.head, normed, none, s.logits);
+  project(w_.head, normed, none, s.logits, s.unpacked);
   decoder_choose_cuda(place, s.logits);
 }
 

@@ -7,22 +7,28 @@
 #pragma once
 
 #include "../ops/attention/attention_cuda.h"
-#include "../ops/gemm/gemm_cuda.h"
+#include "../ops/gemm/packed_gemm_cuda.h"
 #include "decoder_check.h"
 
 namespace cgpt {
+
+struct DecoderCache {
+  TensorView keys;                      // [L, B, H, total, D] T, or int8 with scales
+  TensorView values;                    // likewise
+  TensorView key_scales, value_scales;  // [L, B, H, total] fp32 of int8, or none
+};
 
 struct CudaDecoderStep {
   // [B, total] int64, contents in [0, V). A step reads S of them from `length` on and writes the
   // greedy one behind them, where there is room.
   TensorView tokens;
-  TensorView length;     // [B] int64: tokens in the cache, all the same; a step adds S
-  TensorView padding;    // [B] int64: leading tokens that are padding; positions count from there
-  TensorView hidden;     // [B, total] bool: true before the step's first token only where padding
-                         // lies, true from there on
-  TensorView keys;       // [L, B, H, total, D] T
-  TensorView values;     // likewise
+  TensorView length;   // [B] int64: tokens in the cache, all the same; a step adds S
+  TensorView padding;  // [B] int64: leading tokens that are padding; positions count from there
+  TensorView hidden;   // [B, total] bool: true before the step's first token only where padding
+                       // lies, true from there on
+  DecoderCache cache;
   TensorView room;       // [B * S, decoder_room(...)] T to work in
+  TensorView unpacked;   // [CudaDecoder::unpacked(B * S, B)] T to work in
   TensorView attention;  // [B * H * attention_work(1, total, D)] fp32 to work in
   TensorView logits;     // [B, V] T: of each sequence's last token
 };
@@ -49,12 +55,16 @@ struct DecoderEmbedArgs {
 
 class CudaDecoder {
  public:
-  // embeddings_scale: multiplies token + position embeddings (muP). Weights are not packed and have
-  // no LoRA. Throws std::invalid_argument naming what does not fit.
+  // embeddings_scale: multiplies token + position embeddings (muP). Packed weights are int8 or int4
+  // beside bf16 or fp16; none has LoRA. Throws std::invalid_argument naming what does not fit.
   CudaDecoder(DecoderWeights weights, float embeddings_scale, Device device);
 
   // S = 1, or S > 1 on an empty cache.
   void step(const CudaDecoderStep& step) const;
+
+  // Elements of the largest packed weight that a step of so many rows writes out before it
+  // multiplies: with more rows than the products of integers take.
+  int64_t unpacked(int64_t rows, int64_t B) const;
 
   // S = 1 in one launch, where decoder_persistent_fits. state: [decoder_persistent_state(...)]
   // int32, 0 before the first step.
@@ -86,8 +96,8 @@ void decoder_persistent_cuda(const DecoderPersistentArgs& args);
 void decoder_embed_cuda(const DecoderEmbedArgs& args);
 // k and v, the last 2 C columns of qkv [B * S, 3 C], go behind the tokens that layer `layer` of the
 // cache has.
-void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv, const TensorView& keys,
-                         const TensorView& values, int64_t layer);
+void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv,
+                         const DecoderCache& cache, int64_t layer);
 // The likeliest token of each row of logits, the first of equals, goes behind the step's tokens;
 // the lengths grow.
 void decoder_choose_cuda(const DecoderPlace& place, const TensorView& logits);

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "../cuda/device.cuh"
+#include "../ops/attention/attention_cuda_split.cuh"
 #include "../ops/gemm/gemm_epilogue.cuh"
 #include "decoder_candidate.cuh"
 
@@ -34,8 +35,6 @@ constexpr int kDepth = 4;
 constexpr int kItems = 64;       // of a round: their sums lie in shared memory
 constexpr int kMostLayers = 48;  // pointers are arguments of the kernel
 constexpr int kChunk = 64;       // keys that a warp takes
-constexpr int kLaneValues = 8;   // of a head
-constexpr int kKeysAtOnce = 4;
 
 enum Kind : int { kQkv, kProj, kFc, kOut, kHead };
 
@@ -63,6 +62,7 @@ struct Persistent {
   unsigned* meeting;
   int64_t row;
   int L, B, C, H, D, widest, V, most_chunks;
+  int lanes;  // that take a key
   float eps, embeddings_scale;
   Activation activation;
 
@@ -314,25 +314,6 @@ __device__ inline void lay_input(const Persistent<T>& p, PersistentShared<T, kRo
 
 // ---- attention ----------------------------------------------------------------------------------
 
-template <class T>
-__device__ inline float exponential(float difference) {
-  if constexpr (sizeof(T) == 4) return expf(difference);
-  else return exp2_fast(difference * 1.44269504088896341f);
-}
-
-// A share of a softmax over keys: `total` and sums relative to exp(top).
-struct Share {
-  float top = -INFINITY, total = 0.0f;
-};
-// Factors that bring two shares to their common maximum, which a takes over.
-template <class T>
-__device__ inline void common(Share& a, const Share& b, float& fa, float& fb) {
-  const float high = fmaxf(a.top, b.top), base = high == -INFINITY ? 0.0f : high;
-  fa = exponential<T>(a.top - base), fb = exponential<T>(b.top - base);
-  a.top = high;
-  a.total = a.total * fa + b.total * fb;
-}
-
 // Chunk `chunk` of the keys that are visible at `at`, for one head of one sequence; D / 8 lanes, a
 // power of two, take a key. Leaves the share in every lane of each group.
 template <class T>
@@ -351,7 +332,6 @@ __device__ inline Share attend_chunk(const Persistent<T>& p, int l, int b, int h
   Share own;
   for (int64_t start = low; start < high; start += groups * kKeysAtOnce) {
     Vec<T, kLaneValues> ks[kKeysAtOnce]{}, vs[kKeysAtOnce]{};
-    float logits[kKeysAtOnce];
 #pragma unroll
     for (int u = 0; u < kKeysAtOnce; ++u) {
       const int64_t j = start + u * groups + group;
@@ -359,39 +339,14 @@ __device__ inline Share attend_chunk(const Persistent<T>& p, int l, int b, int h
       ks[u] = load<kLaneValues>(k + j * p.D);
       vs[u] = load<kLaneValues>(v + j * p.D);
     }
-    float top = own.top;
-#pragma unroll
-    for (int u = 0; u < kKeysAtOnce; ++u) {
-      float product = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kLaneValues; ++i)
-        product = fmaf(to_float(q[i]), to_float(ks[u][i]), product);
-      for (int offset = lanes / 2; offset > 0; offset /= 2) product += shuffle_xor(product, offset);
-      logits[u] = start + u * groups + group < high ? product * scale : -INFINITY;
-      top = fmaxf(top, logits[u]);
-    }
-    const float base = top == -INFINITY ? 0.0f : top, factor = exponential<T>(own.top - base);
-    own.top = top;
-    own.total *= factor;
-#pragma unroll
-    for (int i = 0; i < kLaneValues; ++i) sums[i] *= factor;
-#pragma unroll
-    for (int u = 0; u < kKeysAtOnce; ++u) {
-      const float weight = exponential<T>(logits[u] - base);
-      own.total += weight;
-#pragma unroll
-      for (int i = 0; i < kLaneValues; ++i) sums[i] = fmaf(weight, to_float(vs[u][i]), sums[i]);
-    }
+    take_keys(
+        own, sums, q, ks, vs, lanes,
+        [&](int u, float product) {
+          return start + u * groups + group < high ? product * scale : -INFINITY;
+        },
+        [](int, float weight) { return weight; });
   }
-  for (int offset = lanes; offset < kWarp; offset *= 2) {
-    Share other;
-    other.top = shuffle_xor(own.top, offset), other.total = shuffle_xor(own.total, offset);
-    float fa, fb;
-    common<T>(own, other, fa, fb);
-#pragma unroll
-    for (int i = 0; i < kLaneValues; ++i)
-      sums[i] = sums[i] * fa + shuffle_xor(sums[i], offset) * fb;
-  }
+  join_groups<T>(own, sums, lanes);
   return own;
 }
 
@@ -399,9 +354,7 @@ __device__ inline Share attend_chunk(const Persistent<T>& p, int l, int b, int h
 template <class T>
 __device__ inline void attend(const Persistent<T>& p, int l, int64_t at) {
   const int chunks = static_cast<int>(at / kChunk) + 1,
-            warps = static_cast<int>(blocks_x()) * kWarps;
-  int lanes = 1;
-  while (lanes * kLaneValues < p.D) lanes *= 2;
+            warps = static_cast<int>(blocks_x()) * kWarps, lanes = p.lanes;
   const int first = static_cast<int>(block_x()) + warp() * static_cast<int>(blocks_x());
   for (int unit = first; unit < p.B * p.H * chunks; unit += warps) {
     const int head = unit / chunks, chunk = unit % chunks, b = head / p.H, h = head % p.H;

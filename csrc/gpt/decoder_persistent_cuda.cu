@@ -53,9 +53,10 @@ void step(const DecoderPersistentArgs& a) {
   p.tokens = s.tokens.as<int64_t>(), p.length = s.length.as<int64_t>();
   p.padding = s.padding.as<const int64_t>(), p.hidden = s.hidden.as<uint8_t>();
   p.total = s.tokens.shape[1];
-  p.keys = s.keys.as<T>(), p.values = s.values.as<T>(), p.logits = s.logits.as<T>();
+  p.keys = s.cache.keys.as<T>(), p.values = s.cache.values.as<T>(), p.logits = s.logits.as<T>();
   p.B = static_cast<int>(s.tokens.shape[0]), p.C = static_cast<int>(w.wte.shape[1]);
-  p.H = static_cast<int>(w.heads), p.D = p.C / p.H, p.V = static_cast<int>(w.wte.shape[0]);
+  p.H = static_cast<int>(w.heads), p.D = p.C / p.H, p.lanes = lanes_of(p.D),
+  p.V = static_cast<int>(w.wte.shape[0]);
   p.widest = static_cast<int>(w.layers[0].fc.outputs());
   p.x = s.room.as<T>(), p.heads = p.x + 2 * p.C, p.row = s.room.strides[0];
   p.q = p.inner = p.x + 3 * p.C;  // q is read before fc writes
@@ -95,7 +96,7 @@ bool decoder_persistent_fits(const DecoderWeights& w, int64_t B) {
               shared_bytes(w, B) <= kMostShared;
   DType bias = DType::other;  // one for all
   const auto weight = [&](const Projection& p) {
-    fits = fits && !p.weight_kn && p.weight.strides[0] == p.weight.shape[1] &&
+    fits = fits && p.weight && !p.weight_kn && p.weight.strides[0] == p.weight.shape[1] &&
            aligned_or_none(p.weight);
     if (!p.bias) return;
     fits = fits && (bias == DType::other || bias == p.bias.dtype);

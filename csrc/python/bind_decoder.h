@@ -8,43 +8,11 @@
 namespace cgpt::python {
 namespace {
 
-// How Python gives a projection: (tensor, "nk" | "kn", bias, lora), or
-// (packed bytes, format, N, K, group, bias, lora); lora is None or (packed A, format, r, B, scale).
-Projection projection_of(const py::tuple& t) {
-  Projection p;
-  const auto data = t[0].cast<BorrowedTensor>();
-  if (t.size() == 4) {
-    p.weight = data;
-    p.weight_kn = t[1].cast<std::string>() == "kn";
-    if (p.weight.ndim != 2) fail("Decoder: a weight must have 2 dimensions");
-  } else if (t.size() == 7) {
-    p.packed = {weight_format_of(t[1].cast<std::string>()), t[2].cast<int64_t>(),
-                t[3].cast<int64_t>(), t[4].cast<int64_t>(), data.data};
-    packed_buffer_check("Decoder", data, p.packed);
-  } else {
-    fail("Decoder: a projection is a tuple of 4 (a weight) or 7 (a packed one), got " +
-         std::to_string(t.size()));
-  }
-  p.bias = t[t.size() - 2].cast<BorrowedTensor>();
-  const py::object lora = t[t.size() - 1];
-  if (!lora.is_none()) {
-    const auto l = lora.cast<py::tuple>();
-    if (l.size() != 5) fail("Decoder: lora is (packed A, format, r, B, scale)");
-    const auto a = l[0].cast<BorrowedTensor>();
-    p.lora_a = {weight_format_of(l[1].cast<std::string>()), l[2].cast<int64_t>(), p.inputs(), 0,
-                a.data};
-    packed_buffer_check("Decoder", a, p.lora_a);
-    p.lora_b = l[3].cast<BorrowedTensor>();
-    p.lora_scale = l[4].cast<float>();
-  }
-  return p;
-}
-
 Decoder make_decoder(Tensor wte, Tensor wpe, const py::list& layers, const py::tuple& norm,
                      const py::tuple& head, int64_t heads, float eps,
                      const std::string& activation) {
   return Decoder(
-      decoder_weights_of(wte, wpe, layers, norm, head, heads, eps, activation, &projection_of));
+      decoder_weights_of(wte, wpe, layers, norm, head, heads, eps, activation, Device::cpu));
 }
 
 void decoder_step(Decoder& decoder, Tensor ids, Tensor positions, Tensor padding, Tensor keys,

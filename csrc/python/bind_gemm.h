@@ -130,18 +130,10 @@ int64_t packed_bytes_of(const std::string& format, int64_t n, int64_t k, int64_t
   return packed_bytes(w.format, n, k, group);
 }
 
-// The buffer of a packed weight: dense bytes, exactly as many as its format takes.
-void packed_buffer_check(const char* op, const TensorView& buffer, const PackedWeight& w) {
-  const Checker c{op};
-  c.tensor("packed", buffer, {packed_bytes(w.format, w.N, w.K, w.group)});
-  c.dtype("packed", buffer, {DType::u8});
-  c.dense_rows("packed", buffer);
-}
-
 void pack_weight(Tensor weight, Tensor packed, bool weight_kn, const std::string& format,
                  int64_t group) {
   const PackWeightArgs args{weight, weight_kn, weight_format_of(format), group, packed.data};
-  packed_buffer_check("pack_weight", packed, packed_weight_of(args));
+  packed_buffer_check({"pack_weight"}, packed, packed_weight_of(args));
   py::gil_scoped_release release;
   pack_weight_cpu(args);
 }
@@ -153,7 +145,7 @@ void unpack_weight(Tensor packed, Tensor out, bool weight_kn, const std::string&
                             group, packed.data};
   const UnpackWeightArgs args{weight, out, weight_kn};
   unpack_weight_check(args);
-  packed_buffer_check("unpack_weight", packed, weight);
+  packed_buffer_check({"unpack_weight"}, packed, weight);
   py::gil_scoped_release release;
   unpack_weight_cpu(args);
 }
@@ -168,7 +160,7 @@ void packed_gemm_low_rank_fwd(Tensor x, Tensor packed, int64_t n, int64_t k,
                       rows_of(residual), rows_of(y), activation_of(activation)};
   args.low_rank = {rows_of(u), v, scale};
   packed_gemm_check(args);
-  packed_buffer_check("packed_gemm", packed, weight);
+  packed_buffer_check({"packed_gemm"}, packed, weight);
   py::gil_scoped_release release;
   packed_gemm_fwd_cpu(args);
 }

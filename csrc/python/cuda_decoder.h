@@ -13,25 +13,22 @@ inline void bind_cuda_decoder(py::module_& m) {
       .def(py::init([](Tensor wte, Tensor wpe, const py::list& layers, const py::tuple& norm,
                        const py::tuple& head, int64_t heads, float eps,
                        const std::string& activation, float embeddings_scale) {
-        return CudaDecoder(decoder_weights_of(wte, wpe, layers, norm, head, heads, eps, activation,
-                                              &plain_projection_of),
-                           embeddings_scale, kCudaDevice);
+        return CudaDecoder(
+            decoder_weights_of(wte, wpe, layers, norm, head, heads, eps, activation, kCudaDevice),
+            embeddings_scale, kCudaDevice);
       }))
       .def("step",
            [](const CudaDecoder& decoder, Tensor tokens, Tensor length, Tensor padding,
-              Tensor hidden, Tensor keys, Tensor values, Tensor room, Tensor attention,
-              Tensor logits) {
+              Tensor hidden, Tensor keys, Tensor values, Tensor key_scales, Tensor value_scales,
+              Tensor room, Tensor unpacked, Tensor attention, Tensor logits, Tensor state) {
              py::gil_scoped_release release;
-             decoder.step({tokens, length, padding, hidden, keys, values, room, attention, logits});
+             const CudaDecoderStep step{
+                 tokens, length,   padding,   hidden, {keys, values, key_scales, value_scales},
+                 room,   unpacked, attention, logits};
+             if (state) decoder.step_at_once(step, state);
+             else decoder.step(step);
            })
-      .def("step_at_once",
-           [](const CudaDecoder& decoder, Tensor tokens, Tensor length, Tensor padding,
-              Tensor hidden, Tensor keys, Tensor values, Tensor room, Tensor attention,
-              Tensor logits, Tensor state) {
-             py::gil_scoped_release release;
-             decoder.step_at_once(
-                 {tokens, length, padding, hidden, keys, values, room, attention, logits}, state);
-           })
+      .def("unpacked", &CudaDecoder::unpacked)
       .def("at_once_fits", &CudaDecoder::at_once_fits);
   m.def("decoder_persistent_state_cuda", &decoder_persistent_state);
   m.def("decoder_room_cuda", &decoder_room);

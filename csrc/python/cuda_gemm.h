@@ -50,10 +50,7 @@ inline void bind_cuda_gemm(py::module_& m) {
         {rows_of(x), workspace, bias, rows_of(residual), rows_of(y), {}, activation_of(activation)},
         weight};
     packed_gemm_cuda_check(args, kCudaDevice);
-    const Checker c{"packed_gemm", kCudaDevice};
-    c.tensor("packed", packed, {packed_bytes(weight.format, n, k, group)});
-    c.dtype("packed", packed, {DType::u8});
-    c.dense_rows("packed", packed);
+    packed_buffer_check({"packed_gemm", kCudaDevice}, packed, weight);
     py::gil_scoped_release release;
     packed_gemm_cuda(args);
   });

@@ -1,4 +1,4 @@
-"""Packed weights: laid out once for the CPU kernels, floating or quantized; for inference only.
+"""Packed weights: laid out once for the kernels, floating or quantized; for inference only.
 
 Letters: M rows, K reduced width, N output width, T the dtype of x. The layout is described in
 csrc/ops/gemm/packed.h and, as plain PyTorch that reads it, in reference.unpack.
@@ -86,7 +86,8 @@ torch.serialization.add_safe_globals([PackedWeight])
 def pack_weight(
     weight: Tensor, format: str | None = None, *, weight_layout: str = "nk", group: int = 64
 ) -> PackedWeight:
-    """Lay a weight out for the CPU kernels, quantizing it for "int8" and "int4".
+    """Lay a weight out for the CPU kernels, quantizing it for "int8" and "int4", which the CUDA
+    kernels read too.
 
     "int8": scale = max |w| / 127 of each output channel. "int4": of ten scales around
     max |w| / 8 of each group the one with the smallest squared error, stored in bf16.
@@ -97,7 +98,7 @@ def pack_weight(
 
     Args:
         weight: [N, K] for weight_layout "nk" (nn.Linear), [K, N] for "kn" (GPT-2's Conv1D); fp32,
-            bf16 or fp16.
+            bf16 or fp16. On cuda it is packed by the CPU, and the bytes go where it lies.
         format: one of FORMATS; None takes that of the weight's dtype.
         group: values along K that share a scale, 32 or 64; "int4" only.
     Raises:
@@ -111,18 +112,21 @@ def pack_weight(
     checks.is_choice(op, "format", format, (None, *FORMATS))
     checks.is_choice(op, "weight_layout", weight_layout, reference.LAYOUTS)
     checks.is_choice(op, "group", group, GROUPS)
-    if weight.device.type != "cpu":
-        raise ValueError(f"{op}: weight must be on cpu, got {weight.device}; move it with .cpu()")
+    format, device = format or _FORMAT_OF[weight.dtype], weight.device
+    if device.type != "cpu" and not (device.type == "cuda" and format in ("int8", "int4")):
+        raise ValueError(
+            f"{op}: weight must be on cpu, or on cuda for 'int8' and 'int4', got {device} for "
+            f"{format!r}; move it with .cpu()"
+        )
     if _C is None:
         raise RuntimeError(f"{op}: {backends._C_REASON}")
-    format = format or _FORMAT_OF[weight.dtype]
-    weight = as_rows(weight.detach())
+    weight = as_rows(weight.detach().cpu())
     kn = weight_layout == "kn"
     N, K = weight.shape[kn], weight.shape[not kn]
     # huge pages: the stream of a decode step would lose half its speed to address translation
     data = torch.from_dlpack(_C.allocate_buffer(_C.packed_bytes(format, N, K, group)))
     _C.pack_weight(weight, data, kn, format, group)
-    return PackedWeight(data, format, N, K, group if format == "int4" else None)
+    return PackedWeight(data.to(device), format, N, K, group if format == "int4" else None)
 
 
 def gemm(

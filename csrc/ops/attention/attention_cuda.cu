@@ -56,12 +56,20 @@ void go(const AttentionArgs& a, int64_t blocks, int64_t grid_y, Kernel kernel, c
 
 int64_t over(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+template <class KV>
+Stored<KV> stored_of(const AttentionArgs& a) {
+  return {heads_of<const KV>(a.k),     heads_of<const KV>(a.v), a.k_scale.as<const float>(),
+          a.v_scale.as<const float>(), a.k_scale.strides[0],    a.k_scale.strides[1],
+          a.v_scale.strides[0],        a.v_scale.strides[1]};
+}
+
 template <class T>
 void forward(const AttentionArgs& a, float* work) {
   const int64_t B = a.q.shape[0], H = a.q.shape[1], S_q = a.q.shape[2], D = a.q.shape[3];
   const int64_t S_k = a.k.shape[2], rows = B * H * S_q;
   const Result<T> result = result_of<T>(a);
   if (S_q > kAttentionFewQueries) {
+    if (a.k_scale) fail("attention: keys in int8 take at most 8 queries on cuda");
 #ifdef CGPT_HOPPER
     if (attention_fwd_hopper(a)) return;
 #endif
@@ -71,25 +79,28 @@ void forward(const AttentionArgs& a, float* work) {
       go<S, 1>(a, B * H * over(S_q, S::kM), 1, &attention_fwd_kernel<S, T>, c, result);
     });
   }
-  const auto c = call_of<T>(a, true);
   Parts parts{};
   parts.rows = rows;
   parts.chunk = static_cast<int>(attention_chunk(S_k));
   parts.chunks = static_cast<int>(attention_chunks(S_q, S_k));
-  parts.lanes = 1;
-  while (parts.lanes * kLaneValues < D) parts.lanes *= 2;
+  parts.lanes = lanes_of(D);
   parts.sums = work;
   if (work) {
     parts.top = work + parts.chunks * rows * D;
     parts.total = parts.top + parts.chunks * rows;
   }
-  launch("attention",
-         {.grid_x = rows,
-          .grid_y = parts.chunks,
-          .threads = kDecodeThreads,
-          .shared = sizeof(DecodeShared),
-          .like = a.q},
-         &attention_decode_kernel<T>, c, result, parts);
+  const auto c = call_of<T>(a, true);
+  const auto go = [&](const auto& kv, auto kernel) {
+    launch("attention",
+           {.grid_x = rows,
+            .grid_y = parts.chunks,
+            .threads = kDecodeThreads,
+            .shared = sizeof(DecodeShared),
+            .like = a.q},
+           kernel, c, kv, result, parts);
+  };
+  if (a.k_scale) go(stored_of<int8_t>(a), &attention_decode_kernel<T, int8_t>);
+  else go(stored_of<T>(a), &attention_decode_kernel<T, T>);
   if (parts.chunks > 1)
     launch("attention", {.grid_x = rows, .threads = kDecodeThreads, .like = a.q},
            &attention_join_kernel<T>, c, result, parts);

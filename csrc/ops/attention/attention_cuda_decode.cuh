@@ -1,19 +1,19 @@
 // Few queries against many keys, the step of generation: limited by reading k and v once,
-// 2 * S_k * D * sizeof(T) bytes a head, so no tensor cores and nothing in shared memory.
+// 2 * S_k * D * sizeof(T) bytes a head, half of bf16's and 8 * S_k where they are int8, so no
+// tensor cores and nothing in shared memory.
 //
-// A block streams one chunk of keys for one query; 8 values of a key lie in a lane, so D / 8 lanes
-// (a power of two) are a group that takes a key, four keys at a time for 16-byte loads in flight.
-// Groups, warps and chunks are merged in a fixed order; chunks by a second kernel.
+// A block streams one chunk of keys for one query, a group of lanes four keys at a time
+// (attention_cuda_split.cuh). Groups, warps and chunks are merged in a fixed order; chunks by a
+// second kernel.
 #pragma once
 
 #include "attention_cuda_fwd.cuh"
+#include "attention_cuda_split.cuh"
 
 namespace cgpt {
 namespace {
 
 constexpr int kDecodeThreads = 128;
-constexpr int kLaneValues = 8;
-constexpr int kKeysAtOnce = 4;
 
 struct DecodeShared {
   static constexpr int kWarps = kDecodeThreads / kWarp;
@@ -30,22 +30,17 @@ struct Parts {
   int chunk, chunks, lanes;  // lanes of a group
 };
 
+// Keys and values as they are stored.
+template <class KV>
+struct Stored {
+  Heads<const KV> k, v;
+  const float *k_scale, *v_scale;  // [B, H, S_k], of int8
+  int64_t k_scale_b, k_scale_h, v_scale_b, v_scale_h;
+};
+
 template <class T>
 __device__ inline Vec<T, kLaneValues> load_values(const T* p, int count, bool whole) {
   return whole ? load_part<true, kLaneValues>(p, count) : load_part<false, kLaneValues>(p, count);
-}
-
-// A share of a softmax over keys: `total` and sums relative to exp(top).
-struct Share {
-  float top = kNegative, total = 0.0f;
-};
-// Factors that bring two shares to their common maximum, which a takes over.
-template <class T>
-__device__ inline void common(const Call<T>& c, Share& a, const Share& b, float& fa, float& fb) {
-  const float high = fmaxf(a.top, b.top), base = high == kNegative ? 0.0f : high;
-  fa = exponential(c, a.top - base), fb = exponential(c, b.top - base);
-  a.top = high;
-  a.total = a.total * fa + b.total * fb;
 }
 
 template <class T>
@@ -58,9 +53,12 @@ __device__ inline void write_row(const Call<T>& c, const Result<T>& result, int6
         share.total > 0.0f ? share.top + logf(share.total) : kNegative;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kDecodeThreads)
-    attention_decode_kernel(const Call<T> c, const Result<T> result, const Parts parts) {
+// Three blocks a multiprocessor: told nothing, ptxas stops one kernel at 128 registers and spills.
+template <class T, class KV>
+__global__ void __launch_bounds__(kDecodeThreads, 3)
+    attention_decode_kernel(const Call<T> c, const Stored<KV> kv, const Result<T> result,
+                            const Parts parts) {
+  constexpr bool kScaled = sizeof(KV) == 1;
   auto& s = *shared<DecodeShared>();
   const int64_t row = block_x(), head = row / c.S_q, b = head / c.H, h = head % c.H;
   const int i = static_cast<int>(row % c.S_q);
@@ -68,7 +66,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const int lanes = parts.lanes, groups = kDecodeThreads / lanes;
   const int group = thread() / lanes, d = thread() % lanes * kLaneValues, left = c.D - d;
   const auto q = load_values(c.q.head(b, h) + i * c.q.s + d, left, c.q.aligned);
-  const T *k = c.k.head(b, h) + d, *v = c.v.head(b, h) + d;
+  const KV *k = kv.k.head(b, h) + d, *v = kv.v.head(b, h) + d;
+  const float* const k_scale = kv.k_scale + b * kv.k_scale_b + h * kv.k_scale_h;
+  const float* const v_scale = kv.v_scale + b * kv.v_scale_b + h * kv.v_scale_h;
   const int low = static_cast<int>(block_y()) * parts.chunk;
   int high = low + parts.chunk < c.S_k ? low + parts.chunk : c.S_k;
   if (c.causal && i + c.shift + 1 < high) high = i + c.shift + 1;
@@ -76,51 +76,33 @@ __global__ void __launch_bounds__(kDecodeThreads)
   Share own;
   float sums[kLaneValues] = {};
   for (int start = low; start < high; start += groups * kKeysAtOnce) {
-    Vec<T, kLaneValues> ks[kKeysAtOnce], vs[kKeysAtOnce];
-    float logits[kKeysAtOnce];
+    Vec<KV, kLaneValues> ks[kKeysAtOnce], vs[kKeysAtOnce];
+    float k_scales[kKeysAtOnce], v_scales[kKeysAtOnce];
 #pragma unroll
     for (int u = 0; u < kKeysAtOnce; ++u) {
       const int j = start + u * groups + group;
       const bool there = j < high && !masks.hidden(c, j);
-      ks[u] = load_values(k + j * c.k.s, there ? left : 0, c.k.aligned);
-      vs[u] = load_values(v + j * c.v.s, there ? left : 0, c.v.aligned);
+      ks[u] = load_values(k + j * kv.k.s, there ? left : 0, kv.k.aligned);
+      vs[u] = load_values(v + j * kv.v.s, there ? left : 0, kv.v.aligned);
+      if constexpr (kScaled) {
+        k_scales[u] = there ? k_scale[j] : 0.0f;
+        v_scales[u] = there ? v_scale[j] : 0.0f;
+      }
     }
-    float top = own.top;
-#pragma unroll
-    for (int u = 0; u < kKeysAtOnce; ++u) {
-      float product = 0.0f;
-#pragma unroll
-      for (int x = 0; x < kLaneValues; ++x)
-        product = fmaf(to_float(q[x]), to_float(ks[u][x]), product);
-      for (int offset = lanes / 2; offset > 0; offset /= 2) product += shuffle_xor(product, offset);
-      const int j = start + u * groups + group;
-      logits[u] = j < high ? masks.logit(c, product, i, j) : kNegative;
-      top = fmaxf(top, logits[u]);
-    }
-    const float base = top == kNegative ? 0.0f : top;
-    const float factor = exponential(c, own.top - base);
-    own.top = top;
-    own.total *= factor;
-#pragma unroll
-    for (int x = 0; x < kLaneValues; ++x) sums[x] *= factor;
-#pragma unroll
-    for (int u = 0; u < kKeysAtOnce; ++u) {
-      float weight = exponential(c, logits[u] - base);
-      own.total += weight;
-      if (c.dropout && !masks.keeps(c, i, start + u * groups + group)) weight = 0.0f;
-#pragma unroll
-      for (int x = 0; x < kLaneValues; ++x) sums[x] = fmaf(weight, to_float(vs[u][x]), sums[x]);
-    }
+    take_keys(
+        own, sums, q, ks, vs, lanes,
+        [&](int u, float product) {
+          const int j = start + u * groups + group;
+          if constexpr (kScaled) product *= k_scales[u];
+          return j < high ? masks.logit(c, product, i, j) : kNegative;
+        },
+        [&](int u, float weight) {
+          if (c.dropout && !masks.keeps(c, i, start + u * groups + group)) return 0.0f;
+          if constexpr (kScaled) weight *= v_scales[u];
+          return weight;
+        });
   }
-  for (int offset = lanes; offset < kWarp; offset *= 2) {
-    Share other;
-    other.top = shuffle_xor(own.top, offset), other.total = shuffle_xor(own.total, offset);
-    float fa, fb;
-    common(c, own, other, fa, fb);
-#pragma unroll
-    for (int x = 0; x < kLaneValues; ++x)
-      sums[x] = sums[x] * fa + shuffle_xor(sums[x], offset) * fb;
-  }
+  join_groups<T>(own, sums, lanes);
   if (lane() < lanes) {
 #pragma unroll
     for (int x = 0; x < kLaneValues; ++x)
@@ -134,7 +116,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
 #pragma unroll
     for (int w = 1; w < DecodeShared::kWarps; ++w) {
       float fa, fb;
-      common(c, all, {s.top[w], s.total[w]}, fa, fb);
+      common<T>(all, {s.top[w], s.total[w]}, fa, fb);
       sum = sum * fa + s.sums[w][column] * fb;
     }
     if (parts.chunks == 1) {
@@ -158,7 +140,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
     for (int chunk = 0; chunk < parts.chunks; ++chunk) {
       const int64_t at = chunk * parts.rows + row;
       float fa, fb;
-      common(c, all, {parts.top[at], parts.total[at]}, fa, fb);
+      common<T>(all, {parts.top[at], parts.total[at]}, fa, fb);
       sum = sum * fa + parts.sums[at * c.D + column] * fb;
     }
     write_row(c, result, head / c.H, head % c.H, static_cast<int>(row % c.S_q), column, sum, all);

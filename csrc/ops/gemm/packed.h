@@ -121,6 +121,14 @@ inline void packed_weight_check(const Checker& c, const PackedWeight& w) {
             [&] { return "K must be at most 65536 for int8, got " + std::to_string(w.K); });
 }
 
+// The buffer of a packed weight: dense bytes, exactly as many as its format takes.
+inline void packed_buffer_check(const Checker& c, const TensorView& buffer, const PackedWeight& w) {
+  packed_weight_check(c, w);
+  c.tensor("packed", buffer, {packed_bytes(w.format, w.N, w.K, w.group)});
+  c.dtype("packed", buffer, {DType::u8});
+  c.dense_rows("packed", buffer);
+}
+
 inline void packed_gemm_check(const PackedGemmArgs& a) {
   const Checker c{"packed_gemm"};
   packed_weight_check(c, a.weight);
