@@ -18,10 +18,14 @@ def load(setup):
     import openvino as ov
 
     core = ov.Core()
-    kind = setup.format if setup.format in ("int8", "int4") else "fp32"
-    file = setup.cache / f"openvino-{kind}.xml"
-    if not file.is_file():
-        _convert(setup.folder, file, kind)
+    full = setup.cache / "openvino-fp32.xml"
+    if not full.is_file():
+        _save(_stateful(setup.folder), full)
+    file = full
+    if setup.format in ("int8", "int4"):
+        file = setup.cache / f"openvino-{setup.format}.xml"
+        if not file.is_file():
+            _save(_compressed(core.read_model(full), setup.format), file)
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
@@ -33,18 +37,18 @@ def load(setup):
     return _Session(compiled.create_infer_request())
 
 
-def _convert(source, file, kind):
+def _compressed(model, kind):
+    import nncf
+
+    mode = nncf.CompressWeightsMode
+    if kind == "int8":
+        return nncf.compress_weights(model, mode=mode.INT8_SYM)
+    return nncf.compress_weights(model, mode=mode.INT4_SYM, group_size=64, ratio=1.0)
+
+
+def _save(model, file):
     import openvino as ov
 
-    model = _stateful(source)
-    if kind in ("int8", "int4"):
-        import nncf
-
-        mode = nncf.CompressWeightsMode
-        if kind == "int8":
-            model = nncf.compress_weights(model, mode=mode.INT8_SYM)
-        else:
-            model = nncf.compress_weights(model, mode=mode.INT4_SYM, group_size=64, ratio=1.0)
     partial = file.with_name(f"partial-{file.name}")
     ov.save_model(model, partial, compress_to_fp16=False)
     partial.with_suffix(".bin").rename(file.with_suffix(".bin"))
