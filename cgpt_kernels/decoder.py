@@ -19,22 +19,18 @@ from .ops.gemm import PackedWeight
 class Projection:
     """weight: packed, or a tensor in `layout` "nk" or "kn". bias: [N] or None.
 
-    lora: None, or a packed A [r, K], B [N, r] in fp32 and a scale: scale (x A^T) B^T is added.
+    lora: None, or a packed A [r, K], B [N, r] in fp32 and a scale: scale (x A^T) B^T is added. For
+        "cuda" A and B are plain, in the model's dtype, and the scale is in B.
     """
 
     weight: PackedWeight | Tensor
     bias: Tensor | None
     layout: str
-    lora: tuple[PackedWeight, Tensor, float] | None = None
-
-    @property
-    def outputs(self) -> int:
-        transposed = self.layout == "kn" and not isinstance(self.weight, PackedWeight)
-        return self.weight.shape[transposed]
+    lora: tuple[PackedWeight, Tensor, float] | tuple[Tensor, Tensor] | None = None
 
     def as_tuple(self) -> tuple:
         w, lora = self.weight, self.lora
-        if lora is not None:
+        if lora is not None and isinstance(lora[0], PackedWeight):
             A, B, scale = lora
             lora = A.data, A.format, A.N, B, scale
         if isinstance(w, PackedWeight):
@@ -204,7 +200,6 @@ class CudaDecoder:
         cache = new_cache(parts, B, self.total, kv_cache)
         self.keys, self.values, self.key_scales, self.value_scales = cache
         self.logits = new(B, V)
-        self._columns = kernels.decoder_room_cuda(C, parts.layers[0].fc.outputs)
         self._memory = self._memory_of(1)
         work = B * H * kernels.decoder_attention_cuda(self.total, D)
         self._work = new(work, dtype=torch.float32)
@@ -242,7 +237,7 @@ class CudaDecoder:
         """What a step of S tokens works in: the room of its rows, and that of a weight which is
         unpacked before it is multiplied."""
         B, new = self.tokens.shape[0], self.parts.wte.new_empty
-        return new(B * S, self._columns), new(self._decoder.unpacked(B * S, B))
+        return new(B * S, self._decoder.room()), new(self._decoder.unpacked(B * S, B))
 
     def _launch(self, memory: tuple[Tensor, Tensor]) -> None:
         place = self.tokens, self._length, self._padding, self._hidden

@@ -354,6 +354,71 @@ def test_generate_writes_the_cpus_tokens_with_an_int8_cache(device):
     assert torch.equal(ck.generate(model, ids.to(device), 6, kv_cache="int8").cpu(), wanted)
 
 
+# ---- adapters -----------------------------------------------------------------------------------
+
+
+def adapted(dtype=torch.float32, narrow=False, **options):
+    """The small GPT-2 under LoRA of rank 4 on every projection of its blocks."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = small_gpt2.make().to(dtype)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,
+        init_lora_weights=False,
+        **options,
+    )
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=not narrow)
+    config.r = 9  # no whole number of vectors
+    model.add_adapter("wide", config)
+    return model.eval()
+
+
+@in_every_order
+def test_generate_writes_eagers_tokens_under_lora(device):
+    model = adapted().to(device)
+    ids, mask = (t.to(device) for t in small_gpt2.left_padded(3, 12))
+    eager = copy.deepcopy(model)
+    replaced(model, device)
+    for names in (["default"], ["default", "wide"]):
+        for m in (eager, model):
+            m.base_model.set_adapter(names)
+        wanted = ck.generate(eager, ids, 6, attention_mask=mask)
+        assert decoder_parts(model).layers[0].fc.lora is not None
+        assert torch.equal(ck.generate(model, ids, 6, attention_mask=mask), wanted)
+    with model.disable_adapter(), eager.disable_adapter():
+        assert torch.equal(ck.generate(model, ids, 6), ck.generate(eager, ids, 6))
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32 adapters", "16-bit adapters"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_lora_logits_hold_the_numerics_rule(dtype, narrow, device):
+    eager = adapted(dtype, narrow)
+    run, logits = written(
+        replaced(copy.deepcopy(eager), device), device, small_gpt2.tokens(2, 18), 20
+    )
+    ids = small_gpt2.tokens(2, 20)
+    hold_logits(logits.cpu(), eager, run.tokens[:, :18].cpu())
+    run.tokens[:, 18] = ids[:, 18].to(device)
+    hold_logits(run.step().cpu(), eager, run.tokens[:, :19].cpu())
+
+
+def test_lora_on_quantized_weights_and_what_is_more_than_lora(device):
+    eager, model = adapted().half(), adapted().half()
+    ids = small_gpt2.tokens(2, 18).to(device)
+    _, logits = written(replaced(model, device, quantize="int8"), device, ids, 20)
+    wanted = eager(ids.cpu()).logits[:, -1]
+    with eager.disable_adapter():
+        base = eager(ids.cpu()).logits[:, -1]
+    assert (logits.cpu() - wanted).std() < 0.1 * (wanted - base).std()
+    dora = adapted(use_dora=True).to(device)
+    wanted = ck.generate(dora, ids, 3)
+    ck.replace(dora, backend="cuda")
+    assert decoder_parts(dora) is None and torch.equal(ck.generate(dora, ids, 3), wanted)
+
+
 WIDER = dataclasses.replace(CONFIG, n_embd=320, n_head=4, n_layer=1, n_inner=640, n_positions=80)
 
 

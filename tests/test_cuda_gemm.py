@@ -86,6 +86,15 @@ def test_strides_and_alignment_change_no_bit(dtype, shape):
             hold_product(product(x, w), a, b)
 
 
+@pytest.mark.parametrize("dense", ["k", "rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_few_is_the_row_alone(dtype, dense):
+    a, b = torch.randn(11, 300).to(dtype), laid_out(torch.randn(40, 300).to(dtype), dense, True)
+    together = product(a, b)
+    for row in (0, 5, 10):
+        assert torch.equal(product(a[row : row + 1], b)[0], together[row])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_large_tiles_give_the_bits_of_small_ones(layout):
     a, b = (torch.randn(1304, 40).to(torch.bfloat16) for _ in range(2))

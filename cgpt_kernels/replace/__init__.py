@@ -170,8 +170,8 @@ def decoder_parts(model: nn.Module) -> decoder.Parts | None:
     """What a decoder of a replaced model is made of; None where its modules must run.
 
     They must where the model is not wholly replaced, where hooks, dropout or adapters other than
-    plain LoRA's are at work (on a GPU: any adapters), or where a backend other than "auto" and
-    those of the model's device that have a decoder, "cpu" and "cuda", was asked for.
+    plain LoRA's are at work, or where a backend other than "auto" and those of the model's device
+    that have a decoder, "cpu" and "cuda", was asked for.
     """
     if type(model).__module__ == "peft.peft_model":
         model = importlib.import_module(f"{__name__}.peft_lora").base_model(model)
@@ -259,7 +259,7 @@ def _check_packing(model, backend, quantize, changes, dtype) -> None:
             if kept not in checks.LOW_PRECISION:
                 raise ValueError(
                     f"replace: {asked} needs weights in bf16 or fp16 on cuda, got "
-                    f"{checks.name_of(kept)}; pass dtype=torch.bfloat16"
+                    f"{checks.name_of(kept)}; pass dtype=torch.bfloat16 or torch.float16"
                 )
         elif not weight.is_cpu or kept not in backends.KERNEL_DTYPES:
             raise ValueError(

@@ -232,7 +232,7 @@ def project_add(
 def projection(linear: nn.Module, cls: type, kind: str) -> Projection | None:
     """What a decoder multiplies by in place of `linear`; None where it must be called.
 
-    kind: the decoder's backend; "cuda" takes int8 and int4 copies alone, and no LoRA.
+    kind: the decoder's backend; "cuda" takes int8 and int4 copies alone.
     """
     held = linear.base_layer if type(linear).__module__ in _LORA else linear
     by = product(linear, cls, held.weight.dtype)
@@ -240,15 +240,16 @@ def projection(linear: nn.Module, cls: type, kind: str) -> Projection | None:
         return None
     bias = None if by.bias is None else by.bias.detach()
     if kind == "cuda":
-        if by.lora is not None:
-            return None
-        weight = by.weight.detach()
+        weight, lora = by.weight.detach(), by.lora
+        if lora is not None:
+            A, B, scale = lora
+            lora = A.detach().to(weight.dtype), (B.detach().float() * scale).to(weight.dtype)
         if by.linear.quantize is not None or given_up(by.linear):
             copy = current(by.linear, weight)
             if copy is None or unsupported_packed(weight, copy.format):
                 return None
             weight = copy
-        return Projection(weight, bias, cls.weight_layout)
+        return Projection(weight, bias, cls.weight_layout, lora)
     if not (by.linear.packed_copy or by.weight.is_cpu):
         return None
     weight = current(by.linear, by.weight) or by.weight.detach()

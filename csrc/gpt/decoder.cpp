@@ -155,6 +155,11 @@ void append(const TensorView& part, const TensorView& cache, const TensorView& s
 
 Decoder::Decoder(DecoderWeights weights) : w_(std::move(weights)) {
   decoder_weights_check(w_);
+  const auto plain = [](const Projection& p) { return !p.lora_down; };
+  bool packed_lora = plain(w_.head);
+  for (const DecoderLayer& l : w_.layers)
+    packed_lora = packed_lora && plain(l.qkv) && plain(l.proj) && plain(l.fc) && plain(l.out);
+  Checker{"Decoder"}.require(packed_lora, "A of lora must be packed");
   inner_ = w_.layers[0].fc.outputs();
   all_packed_ = !w_.head.weight;
   for (const DecoderLayer& layer : w_.layers)

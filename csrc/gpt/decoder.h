@@ -28,10 +28,12 @@ struct Projection {
   TensorView weight;    // [N, K], or [K, N] where weight_kn
   bool weight_kn = false;
   TensorView bias;  // [N], T or fp32, or none
-  // LoRA: scale (x A^T) B^T is added; absent where B is. Its width r is A's N.
+  // LoRA: scale (x A^T) B^T is added; absent where B is.
   PackedWeight lora_a;  // [r, K]
   TensorView lora_b;    // [N, r] fp32
   float lora_scale = 1.0f;
+  TensorView lora_down;  // on CUDA, A [r, K] T; lora_b is T then, and the scale in it
+  int64_t rank() const { return lora_down ? lora_down.shape[0] : lora_a.N; }
   int64_t outputs() const { return weight ? weight.shape[weight_kn] : packed.N; }
   int64_t inputs() const { return weight ? weight.shape[!weight_kn] : packed.K; }
 };

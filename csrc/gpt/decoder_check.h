@@ -28,12 +28,18 @@ inline void decoder_projection_check(const Checker& c, const char* name, const P
     c.dense_rows(name, p.weight);
   }
   if (p.lora_b) {
-    c.require(p.lora_a.K == K, [&] {
+    const int64_t taken = p.lora_down ? p.lora_down.shape[1] : p.lora_a.K;
+    c.require(taken == K, [&] {
       return std::string(name) + "'s A of lora must take " + std::to_string(K) + " features, got " +
-             std::to_string(p.lora_a.K);
+             std::to_string(taken);
     });
-    c.tensor(name, p.lora_b, {N, p.lora_a.N});
-    c.dtype(name, p.lora_b, {DType::f32});
+    if (p.lora_down) {
+      c.tensor(name, p.lora_down, {p.rank(), K});
+      c.dtype(name, p.lora_down, {T});
+      c.dense_rows(name, p.lora_down);
+    }
+    c.tensor(name, p.lora_b, {N, p.rank()});
+    c.dtype(name, p.lora_b, {p.lora_down ? T : DType::f32});
     c.dense_rows(name, p.lora_b);
   }
   if (!p.bias) return;

@@ -1,265 +1,13 @@
-// The decoder's step on CUDA, composed of the ops, and the three kernels that are no op: none of
-// them is a function of tensors alone, they read and move the place at which the step stands.
+// The decoder's step on CUDA, composed of the ops and of what is no op (decoder_kernels.cuh).
 //
 // Traffic of a step: every weight once, the cache's visible keys and values once. At 111M in bf16
 // that is 219 MB, 65 us at 3.35 TB/s; 8 launches a layer (9 with room for more than 128 tokens) and
-// 3 more. Unmeasured.
-#include "../cuda/device.cuh"
-#include "../cuda/launch.h"
-#include "decoder_candidate.cuh"
+// 3 more; LoRA adds 2 to a product, 3 to one with an activation. Unmeasured.
 #include "decoder_cuda.h"
+#include "decoder_kernels.cuh"
 
 namespace cgpt {
 namespace {
-
-using namespace cuda;
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-
-// Where row (b, s) of a step stands.
-struct Place {
-  int64_t* tokens;
-  int64_t* length;
-  const int64_t* padding;
-  uint8_t* hidden;
-  int64_t tokens_b, hidden_b, total;
-  int S;
-
-  __device__ int64_t at(int64_t b, int64_t s) const { return length[b] + s; }
-};
-
-Place place_of(const DecoderPlace& p) {
-  return {p.tokens.as<int64_t>(), p.length.as<int64_t>(), p.padding.as<const int64_t>(),
-          p.hidden.as<uint8_t>(), p.tokens.strides[0],    p.hidden.strides[0],
-          p.tokens.shape[1],      static_cast<int>(p.S)};
-}
-
-// ---- embedding and the first layer norm ---------------------------------------------------------
-
-template <class T, class W>
-struct Embed {
-  Place place;
-  const T* wte;
-  const T* wpe;
-  const W* weight;
-  const W* bias;
-  T* x;
-  T* y;
-  int64_t wte_row, wpe_row, x_row, y_row;
-  int C;
-  float scale, eps;
-};
-
-// A block per row; a thread reads back only what it wrote itself, so that any width fits.
-template <class T, class W, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 4) decoder_embed_kernel(const Embed<T, W> p) {
-  constexpr int N = Vec<T>::kSize;
-  float* const scratch = shared<float>();
-  const int64_t row = block_x(), b = row / p.place.S, s = row % p.place.S;
-  const int64_t at = p.place.at(b, s), from_first = at - p.place.padding[b];
-  const T* token = p.wte + p.place.tokens[b * p.place.tokens_b + at] * p.wte_row;
-  const T* position = p.wpe + (from_first > 0 ? from_first : 0) * p.wpe_row;
-  T *x = p.x + row * p.x_row, *y = p.y + row * p.y_row;
-
-  float total = 0.0f;
-  for (int c = thread() * N; c < p.C; c += kThreads * N) {
-    auto sum = load_part<kAligned, N>(token + c, p.C - c);
-    const auto added = load_part<kAligned, N>(position + c, p.C - c);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      sum[i] = from_float<T>((to_float(sum[i]) + to_float(added[i])) * p.scale);
-      total += to_float(sum[i]);
-    }
-    store_part<kAligned>(x + c, sum, p.C - c);
-  }
-  const float mean = block_sum<kThreads>(total, scratch) / static_cast<float>(p.C);
-  float squares = 0.0f;
-  for (int c = thread() * N; c < p.C; c += kThreads * N) {
-    const auto v = load_part<kAligned, N>(x + c, p.C - c);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float d = c + i < p.C ? to_float(v[i]) - mean : 0.0f;
-      squares = fmaf(d, d, squares);
-    }
-  }
-  const float rstd =
-      1.0f / sqrtf(block_sum<kThreads>(squares, scratch) / static_cast<float>(p.C) + p.eps);
-  for (int c = thread() * N; c < p.C; c += kThreads * N) {
-    auto v = load_part<kAligned, N>(x + c, p.C - c);
-    const auto weight = load_part<kAligned, N>(p.weight + c, p.C - c);
-    Vec<W, N> bias{};
-    if (p.bias) bias = load_part<kAligned, N>(p.bias + c, p.C - c);
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      v[i] = from_float<T>(
-          fmaf((to_float(v[i]) - mean) * rstd, to_float(weight[i]), to_float(bias[i])));
-    store_part<kAligned>(y + c, v, p.C - c);
-  }
-  if (thread() == 0) p.place.hidden[b * p.place.hidden_b + at] = from_first < 0;
-}
-
-template <class T, class W>
-void embed(const DecoderEmbedArgs& a) {
-  const Embed<T, W> p{place_of(a.place),
-                      a.wte.as<const T>(),
-                      a.wpe.as<const T>(),
-                      a.norm.weight.as<const W>(),
-                      a.norm.bias.as<const W>(),
-                      a.x.as<T>(),
-                      a.y.as<T>(),
-                      a.wte.strides[0],
-                      a.wpe.strides[0],
-                      a.x.strides[0],
-                      a.y.strides[0],
-                      static_cast<int>(a.x.shape[1]),
-                      a.scale,
-                      a.eps};
-  const bool vectors = p.C % Vec<T>::kSize == 0 && aligned<16>(p.wte, p.wte_row) &&
-                       aligned<16>(p.wpe, p.wpe_row) && aligned<16>(p.weight) &&
-                       aligned<16>(p.bias) && aligned<16>(p.x, p.x_row) &&
-                       aligned<16>(p.y, p.y_row);
-  const Launch l{.grid_x = a.x.shape[0], .threads = kThreads, .shared = kWarps * 4, .like = a.x};
-  if (vectors) launch("decoder", l, &decoder_embed_kernel<T, W, true>, p);
-  else launch("decoder", l, &decoder_embed_kernel<T, W, false>, p);
-}
-
-template <class T>
-void embed_weight(const DecoderEmbedArgs& a) {
-  if (a.norm.weight.dtype == DType::f32) embed<T, float>(a);
-  else embed<T, T>(a);
-}
-
-// ---- the cache ----------------------------------------------------------------------------------
-
-template <class T, class KV>
-struct Append {
-  Place place;
-  const T* qkv;
-  KV* cache[2];      // keys, values: of one layer
-  float* scales[2];  // of int8
-  int64_t qkv_row, cache_b[2], cache_h[2], cache_s[2], scales_b[2], scales_h[2];
-  int C, D;
-};
-
-// A block per row and cache. kTogether values move at once, 1 where heads or rows are not aligned.
-template <class T, int kTogether>
-__global__ void __launch_bounds__(kThreads) decoder_append_kernel(const Append<T, T> p) {
-  const int64_t row = block_x(), b = row / p.place.S, at = p.place.at(b, row % p.place.S);
-  const int which = static_cast<int>(block_y());
-  const T* from = p.qkv + row * p.qkv_row + (1 + which) * p.C;
-  T* to = p.cache[which] + b * p.cache_b[which] + at * p.cache_s[which];
-  for (int c = thread() * kTogether; c < p.C; c += kThreads * kTogether)
-    store(to + c / p.D * p.cache_h[which] + c % p.D, load<kTogether>(from + c));
-}
-
-// The same into int8, by the rule of csrc/ops/attention/int8_rows.h: a warp per head.
-template <class T>
-__global__ void __launch_bounds__(kThreads) decoder_append_int8_kernel(const Append<T, int8_t> p) {
-  constexpr int kEach = kAttentionWidest / kWarp;
-  const int64_t row = block_x(), b = row / p.place.S, at = p.place.at(b, row % p.place.S);
-  const int which = static_cast<int>(block_y());
-  for (int h = warp(); h < p.C / p.D; h += kWarps) {
-    const T* from = p.qkv + row * p.qkv_row + (1 + which) * p.C + h * p.D;
-    float x[kEach];
-    int top = 0;  // as integers magnitudes order like the floats do, and NaN is the largest
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int d = lane() + i * kWarp;
-      x[i] = d < p.D ? to_float(from[d]) : 0.0f;
-      const int magnitude = __builtin_bit_cast(int, x[i]) & 0x7fffffff;
-      top = magnitude > top ? magnitude : top;
-    }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const int other = shuffle_xor(top, offset);
-      top = other > top ? other : top;
-    }
-    const float extreme = __builtin_bit_cast(float, top);
-    const bool finite = extreme <= 3.402823466e38f;
-    // Below this the inverse would overflow; such a row counts as zero.
-    const bool vanishing = extreme < 1e-30f;
-    const float inverse = finite && !vanishing ? 127.0f / extreme : 0.0f;
-    int8_t* to =
-        p.cache[which] + b * p.cache_b[which] + h * p.cache_h[which] + at * p.cache_s[which];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      // Adding 1.5 * 2^23 rounds to the nearest integer, whose byte is then the lowest of the sum.
-      const float sum = fmaf(x[i], inverse, 12582912.0f);
-      const int d = lane() + i * kWarp;
-      if (d < p.D) to[d] = static_cast<int8_t>(finite ? __builtin_bit_cast(int, sum) : 0);
-    }
-    const float scale = vanishing ? 0.0f : extreme / 127.0f;
-    if (lane() == 0)
-      p.scales[which][b * p.scales_b[which] + h * p.scales_h[which] + at] = finite ? scale : NAN;
-  }
-}
-
-template <class T, class KV>
-void append(const DecoderPlace& place, const TensorView& qkv, const DecoderCache& cache,
-            int64_t layer) {
-  Append<T, KV> p{};
-  p.place = place_of(place);
-  p.qkv = qkv.as<const T>(), p.qkv_row = qkv.strides[0];
-  p.C = static_cast<int>(qkv.shape[1] / 3), p.D = static_cast<int>(cache.keys.shape[4]);
-  bool vectors = p.D % Vec<T>::kSize == 0 && aligned<16>(p.qkv, p.qkv_row);
-  const TensorView* rows[2] = {&cache.keys, &cache.values};
-  const TensorView* scales[2] = {&cache.key_scales, &cache.value_scales};
-  for (int i = 0; i < 2; ++i) {
-    const int64_t* s = rows[i]->strides;
-    p.cache[i] = rows[i]->as<KV>() + layer * s[0];
-    p.cache_b[i] = s[1], p.cache_h[i] = s[2], p.cache_s[i] = s[3];
-    for (const int64_t stride : {s[1], s[2], s[3]})
-      vectors = vectors && aligned<16>(p.cache[i], stride);
-    s = scales[i]->strides;
-    p.scales[i] = scales[i]->as<float>() + layer * s[0];
-    p.scales_b[i] = s[1], p.scales_h[i] = s[2];
-  }
-  const Launch l{.grid_x = qkv.shape[0], .grid_y = 2, .threads = kThreads, .like = qkv};
-  if constexpr (sizeof(KV) == 1) launch("decoder", l, &decoder_append_int8_kernel<T>, p);
-  else if (vectors) launch("decoder", l, &decoder_append_kernel<T, Vec<T>::kSize>, p);
-  else launch("decoder", l, &decoder_append_kernel<T, 1>, p);
-}
-
-template <class T>
-void append(const DecoderPlace& place, const TensorView& qkv, const DecoderCache& cache,
-            int64_t layer) {
-  if (cache.key_scales) append<T, int8_t>(place, qkv, cache, layer);
-  else append<T, T>(place, qkv, cache, layer);
-}
-
-// ---- the greedy token ---------------------------------------------------------------------------
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    decoder_choose_kernel(const Place place, const T* logits, int64_t row_stride, int V) {
-  Candidate* const found = shared<Candidate>();
-  const int64_t b = block_x();
-  const T* row = logits + b * row_stride;
-  Candidate best{-INFINITY, kNoToken};
-#pragma unroll 4
-  for (int v = thread(); v < V; v += kThreads) best.take({to_float(row[v]), v});
-  best = best_of_warp(best);
-  if (lane() == 0) found[warp()] = best;
-  block_barrier();
-  if (thread() != 0) return;
-  for (int w = 1; w < kWarps; ++w) best.take(found[w]);
-  const int64_t next = place.at(b, place.S);
-  if (next < place.total) place.tokens[b * place.tokens_b + next] = best.token;
-  place.length[b] = next;
-}
-
-template <class T>
-void choose(const DecoderPlace& place, const TensorView& logits) {
-  launch("decoder",
-         {.grid_x = logits.shape[0],
-          .threads = kThreads,
-          .shared = kWarps * sizeof(Candidate),
-          .like = logits},
-         &decoder_choose_kernel<T>, place_of(place), logits.as<const T>(), logits.strides[0],
-         static_cast<int>(logits.shape[1]));
-}
-
-// ---- views --------------------------------------------------------------------------------------
 
 int64_t bytes_of(DType t) { return t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2; }
 
@@ -300,44 +48,54 @@ void for_each(const DecoderWeights& w, F&& f) {
   f(w.head);
 }
 
+// Columns of the room that hold q k v or the MLP's inner values.
+int64_t work_columns(const DecoderWeights& w) {
+  const int64_t C = w.wte.shape[1], inner = w.layers[0].fc.outputs();
+  return inner > 3 * C ? inner : 3 * C;
+}
+
+// x A^T of LoRA goes to `low`, from its first column on.
+struct Memory {
+  TensorView unpacked, low;
+};
+
+// Under LoRA y is (residual + u B^T) + x W^T, and the activation comes last: each in a launch of
+// its own, with y rounded between them as eager rounds its own steps.
 void project(const Projection& p, const TensorView& x, const TensorView& residual,
-             const TensorView& y, const TensorView& unpacked,
-             Activation activation = Activation::none) {
+             const TensorView& y, const Memory& memory, Activation activation = Activation::none) {
   GemmProductArgs args{x, p.weight, p.bias, residual, y, {}, activation};
+  if (p.lora_b) {
+    TensorView u = memory.low;
+    u.shape[0] = x.shape[0], u.shape[1] = p.rank();
+    gemm_product_cuda({x, p.lora_down, {}, {}, u, {}});
+    gemm_product_cuda({u, p.lora_b, {}, residual, y, {}});
+    args.residual = y, args.activation = Activation::none;
+  }
   TensorView& b = args.b;
   if (p.weight) {
     if (p.weight_kn) std::swap(b.shape[0], b.shape[1]), std::swap(b.strides[0], b.strides[1]);
-    return gemm_product_cuda(args);
+    gemm_product_cuda(args);
+  } else {
+    if (x.shape[0] > kPackedCudaRows) {
+      b = memory.unpacked;
+      b.ndim = 2;
+      b.shape[0] = p.packed.N, b.shape[1] = p.packed.K;
+      b.strides[0] = p.packed.K, b.strides[1] = 1;
+    }
+    packed_gemm_cuda({args, p.packed});
   }
-  if (x.shape[0] > kPackedCudaRows) {
-    b = unpacked;
-    b.ndim = 2;
-    b.shape[0] = p.packed.N, b.shape[1] = p.packed.K;
-    b.strides[0] = p.packed.K, b.strides[1] = 1;
-  }
-  packed_gemm_cuda({args, p.packed});
+  if (args.activation != activation)
+    with_type(y.dtype, [&]<class T>() { activate_rows<T>(y, activation); });
+}
+
+void embed(const DecoderEmbedArgs& a) {
+  with_type(a.x.dtype, [&]<class T>() {
+    if (a.norm.weight.dtype == DType::f32) embed<T, float>(a);
+    else if constexpr (sizeof(T) == 2) embed<T, T>(a);
+  });
 }
 
 }  // namespace
-
-void decoder_embed_cuda(const DecoderEmbedArgs& args) {
-  if (args.x.dtype == DType::f32) embed<float, float>(args);
-  if (args.x.dtype == DType::bf16) embed_weight<bf16>(args);
-  if (args.x.dtype == DType::f16) embed_weight<f16>(args);
-}
-
-void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv,
-                         const DecoderCache& cache, int64_t layer) {
-  if (qkv.dtype == DType::f32) append<float>(place, qkv, cache, layer);
-  if (qkv.dtype == DType::bf16) append<bf16>(place, qkv, cache, layer);
-  if (qkv.dtype == DType::f16) append<f16>(place, qkv, cache, layer);
-}
-
-void decoder_choose_cuda(const DecoderPlace& place, const TensorView& logits) {
-  if (logits.dtype == DType::f32) choose<float>(place, logits);
-  if (logits.dtype == DType::bf16) choose<bf16>(place, logits);
-  if (logits.dtype == DType::f16) choose<f16>(place, logits);
-}
 
 CudaDecoder::CudaDecoder(DecoderWeights weights, float embeddings_scale, Device device)
     : w_(std::move(weights)), embeddings_scale_(embeddings_scale), device_(device) {
@@ -352,8 +110,17 @@ CudaDecoder::CudaDecoder(DecoderWeights weights, float embeddings_scale, Device 
               "on CUDA packed weights need embeddings in bf16 or fp16, got float32");
     c.require(p.weight || aligned<16>(static_cast<const char*>(p.packed.data)),
               "packed weights must be aligned to 16 bytes");
-    c.require(!p.lora_b, "on CUDA weights must not be under LoRA");
+    c.require(!p.lora_b || p.lora_down, "on CUDA A of lora must be a plain tensor");
   });
+}
+
+int64_t CudaDecoder::room() const {
+  const int64_t C = w_.wte.shape[1];
+  int64_t rank = 0;
+  for_each(w_, [&](const Projection& p) {
+    if (p.lora_b && p.rank() > rank) rank = p.rank();
+  });
+  return work_columns(w_) + 3 * C + (rank + 7) / 8 * 8;  // rows stay aligned
 }
 
 int64_t CudaDecoder::unpacked(int64_t rows, int64_t B) const {
@@ -369,7 +136,6 @@ void CudaDecoder::check(const CudaDecoderStep& s) const {
   const Checker c{"Decoder", device_};
   const int64_t V = w_.wte.shape[0], C = w_.wte.shape[1], H = w_.heads, D = C / H;
   const int64_t L = static_cast<int64_t>(w_.layers.size());
-  const int64_t inner = w_.layers[0].fc.outputs();
   c.require(s.tokens && s.tokens.ndim == 2 && s.tokens.numel() > 0,
             "tokens must have shape (B, total)");
   c.require(s.room && s.room.ndim == 2, "room must have 2 dimensions");
@@ -394,7 +160,7 @@ void CudaDecoder::check(const CudaDecoderStep& s) const {
     held("key_scales", cache.key_scales, {L, B, H, total}, DType::f32);
     held("value_scales", cache.value_scales, {L, B, H, total}, DType::f32);
   }
-  held("room", s.room, {rows, decoder_room(C, inner)}, w_.wte.dtype);
+  held("room", s.room, {rows, room()}, w_.wte.dtype);
   c.require(rows > 0 && rows % B == 0 && rows / B <= total, [&] {
     return "room must have B * S rows, B = " + std::to_string(B) + " and S up to " +
            std::to_string(total) + ", got " + std::to_string(rows);
@@ -434,10 +200,12 @@ void CudaDecoder::step(const CudaDecoderStep& s) const {
   const int64_t B = s.tokens.shape[0], S = s.room.shape[0] / B, C = w_.wte.shape[1];
   const int64_t D = C / w_.heads, inner = w_.layers[0].fc.outputs();
   const int64_t L = static_cast<int64_t>(w_.layers.size());
+  const DType dtype = w_.wte.dtype;
   const DecoderPlace place{s.tokens, s.length, s.padding, s.hidden, S};
   const TensorView x = columns_of(s.room, 0, C), y = columns_of(s.room, C, C);
   const TensorView heads = columns_of(s.room, 2 * C, C);
   const TensorView qkv = columns_of(s.room, 3 * C, 3 * C), wide = columns_of(s.room, 3 * C, inner);
+  const Memory memory{s.unpacked, columns_of(s.room, 3 * C + work_columns(w_), 0)};
   const TensorView none;
   const auto norm = [&](const NormWeights& n, const TensorView& from, const TensorView& to) {
     layer_norm_fwd_cuda(LayerNormArgs{from, none, n.weight, n.bias, to, none, none, none, w_.eps});
@@ -451,9 +219,9 @@ void CudaDecoder::step(const CudaDecoderStep& s) const {
   for (int64_t l = 0; l < L; ++l) {
     const DecoderLayer& layer = w_.layers[static_cast<size_t>(l)];
     if (l > 0) norm(layer.norm1, x, y);
-    else decoder_embed_cuda({place, w_.wte, w_.wpe, layer.norm1, x, y, embeddings_scale_, w_.eps});
-    project(layer.qkv, y, none, qkv, s.unpacked);
-    decoder_append_cuda(place, qkv, s.cache, l);
+    else embed({place, w_.wte, w_.wpe, layer.norm1, x, y, embeddings_scale_, w_.eps});
+    project(layer.qkv, y, none, qkv, memory);
+    with_type(dtype, [&]<class T>() { append<T>(place, qkv, s.cache, l); });
     AttentionArgs a{};
     a.q = heads_of(columns_of(qkv, 0, C), B, D);
     if (S == 1 || !s.cache.key_scales) {
@@ -469,10 +237,10 @@ void CudaDecoder::step(const CudaDecoderStep& s) const {
     a.scale = layer.attention_scale;
     a.causal = S > 1;
     attention_fwd_cuda(a, s.attention.as<float>());
-    project(layer.proj, heads, x, x, s.unpacked);
+    project(layer.proj, heads, x, x, memory);
     norm(layer.norm2, x, y);
-    project(layer.fc, y, none, wide, s.unpacked, w_.activation);
-    project(layer.out, wide, x, x, s.unpacked);
+    project(layer.fc, y, none, wide, memory, w_.activation);
+    project(layer.out, wide, x, x, memory);
   }
   TensorView last = x;  // each sequence's last row
   last.data = x.as<char>() + (S - 1) * x.strides[0] * bytes_of(x.dtype);
@@ -481,8 +249,8 @@ void CudaDecoder::step(const CudaDecoderStep& s) const {
   TensorView normed = y;
   normed.shape[0] = B;
   norm(w_.norm, last, normed);
-  project(w_.head, normed, none, s.logits, s.unpacked);
-  decoder_choose_cuda(place, s.logits);
+  project(w_.head, normed, none, s.logits, memory);
+  with_type(dtype, [&]<class T>() { choose<T>(place, s.logits); });
 }
 
 }  // namespace cgpt

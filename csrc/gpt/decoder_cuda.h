@@ -27,40 +27,25 @@ struct CudaDecoderStep {
   TensorView hidden;   // [B, total] bool: true before the step's first token only where padding
                        // lies, true from there on
   DecoderCache cache;
-  TensorView room;       // [B * S, decoder_room(...)] T to work in
+  TensorView room;       // [B * S, CudaDecoder::room()] T to work in
   TensorView unpacked;   // [CudaDecoder::unpacked(B * S, B)] T to work in
   TensorView attention;  // [B * H * attention_work(1, total, D)] fp32 to work in
   TensorView logits;     // [B, V] T: of each sequence's last token
 };
 
-// Columns of `room`: the residual stream, its norm, the heads' outputs, and q k v or the MLP's
-// inner values.
-inline int64_t decoder_room(int64_t C, int64_t inner) {
-  return 3 * C + (inner > 3 * C ? inner : 3 * C);
-}
-
-// x = scale (wte[token] + wpe[position]) and y = layer_norm(x), and what every kernel of a step
-// needs to find its row.
-struct DecoderPlace {
-  TensorView tokens, length, padding, hidden;
-  int64_t S = 1;
-};
-struct DecoderEmbedArgs {
-  DecoderPlace place;
-  TensorView wte, wpe;
-  NormWeights norm;
-  TensorView x, y;  // [B * S, C] T
-  float scale = 1.0f, eps = 1e-5f;
-};
-
 class CudaDecoder {
  public:
   // embeddings_scale: multiplies token + position embeddings (muP). Packed weights are int8 or int4
-  // beside bf16 or fp16; none has LoRA. Throws std::invalid_argument naming what does not fit.
+  // beside bf16 or fp16; the factors of LoRA are dense. Throws std::invalid_argument naming what
+  // does not fit.
   CudaDecoder(DecoderWeights weights, float embeddings_scale, Device device);
 
   // S = 1, or S > 1 on an empty cache.
   void step(const CudaDecoderStep& step) const;
+
+  // The residual stream, its norm, the heads' outputs, q k v or the MLP's inner values, and what A
+  // of LoRA leaves of a row.
+  int64_t room() const;
 
   // Elements of the largest packed weight that a step of so many rows writes out before it
   // multiplies: with more rows than the products of integers take.
@@ -92,14 +77,5 @@ struct DecoderPersistentArgs {
   float embeddings_scale = 1.0f;
 };
 void decoder_persistent_cuda(const DecoderPersistentArgs& args);
-
-void decoder_embed_cuda(const DecoderEmbedArgs& args);
-// k and v, the last 2 C columns of qkv [B * S, 3 C], go behind the tokens that layer `layer` of the
-// cache has.
-void decoder_append_cuda(const DecoderPlace& place, const TensorView& qkv,
-                         const DecoderCache& cache, int64_t layer);
-// The likeliest token of each row of logits, the first of equals, goes behind the step's tokens;
-// the lengths grow.
-void decoder_choose_cuda(const DecoderPlace& place, const TensorView& logits);
 
 }  // namespace cgpt

@@ -96,8 +96,8 @@ bool decoder_persistent_fits(const DecoderWeights& w, int64_t B) {
               shared_bytes(w, B) <= kMostShared;
   DType bias = DType::other;  // one for all
   const auto weight = [&](const Projection& p) {
-    fits = fits && p.weight && !p.weight_kn && p.weight.strides[0] == p.weight.shape[1] &&
-           aligned_or_none(p.weight);
+    fits = fits && p.weight && !p.lora_b && !p.weight_kn &&
+           p.weight.strides[0] == p.weight.shape[1] && aligned_or_none(p.weight);
     if (!p.bias) return;
     fits = fits && (bias == DType::other || bias == p.bias.dtype);
     bias = p.bias.dtype;

@@ -28,10 +28,10 @@ inline void bind_cuda_decoder(py::module_& m) {
              if (state) decoder.step_at_once(step, state);
              else decoder.step(step);
            })
+      .def("room", &CudaDecoder::room)
       .def("unpacked", &CudaDecoder::unpacked)
       .def("at_once_fits", &CudaDecoder::at_once_fits);
   m.def("decoder_persistent_state_cuda", &decoder_persistent_state);
-  m.def("decoder_room_cuda", &decoder_room);
   m.def("decoder_attention_cuda",
         [](int64_t total, int64_t D) { return attention_work(1, total, D); });
 }

@@ -11,7 +11,8 @@ inline NormWeights norm_of(const py::tuple& t) {
 }
 
 // How Python gives a projection: (tensor, "nk" | "kn", bias, lora), or
-// (packed bytes, format, N, K, group, bias, lora); lora is None or (packed A, format, r, B, scale).
+// (packed bytes, format, N, K, group, bias, lora); lora is None or (packed A, format, r, B, scale),
+// on CUDA (A, B).
 inline Projection projection_of(const py::tuple& t, Device device) {
   const Checker c{"Decoder", device};
   Projection p;
@@ -32,8 +33,14 @@ inline Projection projection_of(const py::tuple& t, Device device) {
   const py::object lora = t[t.size() - 1];
   if (!lora.is_none()) {
     const auto l = lora.cast<py::tuple>();
-    c.require(l.size() == 5, "lora is (packed A, format, r, B, scale)");
+    c.require(l.size() == 5 || l.size() == 2, "lora is (packed A, format, r, B, scale) or (A, B)");
     const auto a = l[0].cast<BorrowedTensor>();
+    if (l.size() == 2) {
+      p.lora_down = a;
+      c.require(a.ndim == 2, "A of lora must have 2 dimensions");
+      p.lora_b = l[1].cast<BorrowedTensor>();
+      return p;
+    }
     p.lora_a = {weight_format_of(l[1].cast<std::string>()), l[2].cast<int64_t>(), p.inputs(), 0,
                 a.data};
     packed_buffer_check(c, a, p.lora_a);

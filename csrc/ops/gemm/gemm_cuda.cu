@@ -4,6 +4,7 @@
 //   gemm_rows.cuh            bf16, fp16, at most 16 rows of x: bound by reading the weight
 //   gemm_packed.cuh          int8 and int4 weights beside those
 //   gemm_float.cuh           fp32: tiles on the FMA units
+//   gemm_float_rows.cuh      fp32, at most 16 rows of x
 //   gemm_activation_bwd.cuh  what comes before the two products of a backward
 //
 // Forward: y = x W^T. Backward: dx = g W and dW = g^T x (x^T g where W is [K, N]), the same kernels
@@ -12,6 +13,7 @@
 #include "../../cuda/shares.cuh"
 #include "gemm_activation_bwd.cuh"
 #include "gemm_float.cuh"
+#include "gemm_float_rows.cuh"
 #include "gemm_mma.cuh"
 #include "gemm_packed.cuh"
 #include "gemm_rows.cuh"
@@ -80,6 +82,20 @@ void launch_rows(const Product<T>& p, const TensorView& like) {
   else go(&gemm_rows_kernel<T, kDenseK, false>);
 }
 
+template <bool kDenseK>
+void launch_float_rows(const Product<float>& p, const TensorView& like) {
+  const auto go = [&](auto kernel) {
+    launch("gemm",
+           {.grid_x = tiles(p.a.rows, kFloatRows) * tiles(p.b.rows, kFloatRowsColumns<kDenseK>),
+            .threads = kFloatRowsThreads,
+            .shared = kFloatRowsShared<kDenseK>,
+            .like = like},
+           kernel, p);
+  };
+  if (p.a.vectors && p.b.vectors) go(&gemm_float_rows_kernel<kDenseK, true>);
+  else go(&gemm_float_rows_kernel<kDenseK, false>);
+}
+
 template <class T>
 void set_epilogue(Product<T>& p, const GemmProductArgs& args) {
   if (args.bias && args.bias.dtype == DType::f32) p.bias_f32 = args.bias.as<const float>();
@@ -106,7 +122,10 @@ void product(const GemmProductArgs& args) {
   p.b = operand_of<T>(b, dense_b);
   p.K = a.shape[1];
   set_epilogue(p, args);
+  const bool few = dense_a && p.a.rows <= kFewRows;
   if constexpr (sizeof(T) == 4) {
+    if (few && dense_b) return launch_float_rows<true>(p, a);
+    if (few) return launch_float_rows<false>(p, a);
     launch("gemm",
            {.grid_x = tiles(p.a.rows, kFloatTile) * tiles(p.b.rows, kFloatTile),
             .threads = kFloatThreads,
@@ -115,11 +134,8 @@ void product(const GemmProductArgs& args) {
            &gemm_float_kernel, p);
   } else {
     if (!dense_a && dense_b) fail("gemm: x may be dense along M only where weight is along N");
-    if (dense_a && p.a.rows <= kFewRows) {
-      if (dense_b) launch_rows<T, true>(p, a);
-      else launch_rows<T, false>(p, a);
-      return;
-    }
+    if (few && dense_b) return launch_rows<T, true>(p, a);
+    if (few) return launch_rows<T, false>(p, a);
 #ifdef CGPT_CUTLASS
     if (p.a.vectors && p.b.vectors && p.vectors && gemm_product_hopper(args, dense_a, dense_b))
       return;
