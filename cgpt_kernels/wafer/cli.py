@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import json
 import re
 from pathlib import Path
@@ -300,6 +297,7 @@ def sweep_command(
     from .model import estimate
     from .ops import gemm_report
     from .spec import preset
+    from .sweep import as_csv, sweep
     from .tiles import ALGORITHMS
 
     if sum(subject is not None for subject in (model, size, kind)) != 1:
@@ -334,50 +332,14 @@ def sweep_command(
         def make(spec, grid, **options):
             return collective(kind, shape=grid, spec=preset(spec), **options)
 
-    rows = []
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        named = {"subject": model or size or kind, **chosen}
-        named["grid"] = "{}x{}".format(*chosen["grid"])
-        if named.get("groups") is None:
-            named.pop("groups", None)
-        try:
-            report = make(**chosen)
-        except ValueError as error:
-            rows.append(named | dict.fromkeys(_RESULTS, "") | {"error": str(error)})
-            continue
-        found = (
-            round(report.cycles),
-            round(report.seconds * 1e6, 3),
-            round(report.tokens_per_second, 2),
-            round(report.utilization, 5),
-            report.peak_sram_bytes,
-            report.fits,
-        )
-        rows.append(named | dict(zip(_RESULTS, found, strict=True)) | {"error": ""})
-    if as_json or (out is not None and out.suffix == ".json"):
-        text = json.dumps(rows, indent=1) + "\n"
-    else:
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, rows[0] if rows else ["subject"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text = stream.getvalue()
+    rows = sweep(model or size or kind, axes, make)
+    as_json = as_json or (out is not None and out.suffix == ".json")
+    text = json.dumps(rows, indent=1) + "\n" if as_json else as_csv(rows)
     if out is not None:
         out.write_text(text)
         typer.echo(f"{len(rows)} rows written to {out}", err=True)
     else:
         typer.echo(text, nl=False)
-
-
-_RESULTS = (
-    "cycles",
-    "microseconds",
-    "tokens_per_second",
-    "utilization",
-    "sram_bytes_per_core",
-    "fits",
-)
 
 
 @app.command("validate")

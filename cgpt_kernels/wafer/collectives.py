@@ -16,8 +16,8 @@ import math
 import numpy as np
 
 from .. import checks
-from .engine import Run, run
-from .program import ADVANCE_OWN, NOWHERE, RAMP, Code, Program, at
+from .engine import Run, report_of, run
+from .program import ADVANCE_OWN, EAST, NORTH, NOWHERE, RAMP, SOUTH, WEST, Code, Program, at
 from .report import Report
 from .spec import WSE2, WaferSpec
 from .wires import Wires
@@ -241,7 +241,7 @@ def build(kind, algorithm, shape, words, spec, relay="instruction", groups=None)
     parts = []  # (phase, axis, writer, only in column 0)
     end = (0, 0)
     if kind == "broadcast":
-        parts.append((2, "xy", _flood_2d(program, (0, 0)), False))
+        parts.append((2, "xy", _Flood2D(program, (0, 0)), False))
     elif algorithm == "ring":
         parts.append((0, "x", Ring(Wires(program, "x")), False))
         parts.append((1, "y", Ring(Wires(program, "y")), False))
@@ -252,7 +252,7 @@ def build(kind, algorithm, shape, words, spec, relay="instruction", groups=None)
         end = (along_y.root, along_x.root)
         parts += [(0, "x", along_x, False), (1, "y", along_y, True)]
         if kind == "allreduce":
-            parts.append((2, "xy", _flood_2d(program, end), False))
+            parts.append((2, "xy", _Flood2D(program, end), False))
 
     roles: dict = {}
     for py in range(rows):
@@ -287,41 +287,29 @@ def _role(part, axis, px, py, end, only):
                  for way, q in part.stops[p])  # fmt: skip
 
 
-class _Flood2D:
-    def __init__(self, colour, root, cores):
-        self.colour, self.root, self.cores = colour, root, cores
+class _Flood2D(Flood):
+    """From one core along its row, and from there up and down every column, on one colour."""
 
-    def write(self, code, p, words, address, relay):
-        if self.cores == 1:
-            return
-        if p == self.root:
-            code.vector("move", words, a=at(address), send=self.colour)
-        else:
-            if relay == "task":
-                code.arrival(self.colour)
-            code.vector("move", words, read=self.colour, to=at(address))
-
-
-def _flood_2d(program: Program, root) -> _Flood2D:
-    """Along the root's row, and from there up and down every column, on one colour."""
-    rows, columns = program.rows, program.columns
-    colour = program.next_colour
-    program.next_colour += 1
-    ry, rx = root
-    for px in range(columns):
-        for py in range(rows):
-            out = [d for d, ok in ((0, py <= ry and py > 0), (2, py >= ry and py + 1 < rows)) if ok]
-            if py == ry:
-                out += [1] if px >= rx and px + 1 < columns else []
-                out += [3] if px <= rx and px > 0 else []
-            if (py, px) == root:
-                receive = RAMP
-            else:
-                out.append(RAMP)
-                receive = (0 if py > ry else 2) if py != ry else (3 if px > rx else 1)
-            if out:
-                program.route(colour, (receive,), out, py, px)
-    return _Flood2D(colour, root, rows * columns)
+    def __init__(self, program: Program, root: tuple[int, int]):
+        rows, columns = program.rows, program.columns
+        self.P, self.root, self.colour = rows * columns, root, program.next_colour
+        program.next_colour += 1
+        ry, rx = root
+        for px in range(columns):
+            for py in range(rows):
+                ways = (NORTH, py <= ry and py > 0), (SOUTH, py >= ry and py + 1 < rows)
+                out = [port for port, open_ in ways if open_]
+                if py == ry:
+                    out += [EAST] if px >= rx and px + 1 < columns else []
+                    out += [WEST] if px <= rx and px > 0 else []
+                if (py, px) == root:
+                    receive = RAMP
+                else:
+                    out.append(RAMP)
+                    along, across = WEST if px > rx else EAST, NORTH if py > ry else SOUTH
+                    receive = along if py == ry else across
+                if out:
+                    program.route(self.colour, (receive,), out, py, px)
 
 
 def collective(
@@ -382,59 +370,4 @@ def simulate(kind, algorithm, shape, words, spec, relay="instruction", groups=No
     program.memory = values
     done = run(program, log=log)
     name = f"{kind} {algorithm}, {words} words" + (" by task" if relay == "task" else "")
-    return from_run(name, done), done
-
-
-def from_run(what: str, done: Run) -> Report:
-    """A report of one simulated program."""
-    program = done.program
-    spec = program.spec
-    last = np.unravel_index(int(done["finish"].argmax()), done["finish"].shape)
-    cycles = done.cycles
-    phases = dict(zip(program.phases, map(float, done.phases[last]), strict=True))
-    phases = {k: v for k, v in phases.items() if v}
-    compute = done["compute"]
-    # words go two and more at a time, beside no computation: never more cycles than that leaves
-    communication = np.minimum(done["fabric"], cycles - compute)
-    report = Report(
-        what,
-        spec,
-        program.rows,
-        program.columns,
-        cycles,
-        phases,
-        macs=int(done["macs"].sum()),
-        words=int(done["sent"].sum()),
-        hops=int(done["hops"].sum()),
-        peak_sram_bytes=4 * program.words + spec.code_bytes + spec.stack_bytes,
-        peak_macs_per_cycle=spec.rates["fmacs"],
-        maps={
-            "compute": compute,
-            "communication": communication,
-            "idle": cycles - compute - communication,
-            "hops": done["hops"],
-        },
-    )
-    report.maps["SRAM"] = np.full(compute.shape, report.peak_sram_bytes)
-    report.result = done.memory
-    if done.log is not None:
-        report.timeline = timeline(done)
-    return report
-
-
-def timeline(done: Run) -> list:
-    """Spans (core, thread, phase, start, end) from a run's log."""
-    code = done.program.lowered()["code"]
-    tags, open_at, spans = code[:, 23], {}, []
-    # an end comes before the launch that follows in the same cycle
-    for cycle, core, thread, instruction, what in sorted(
-        done.log.tolist(), key=lambda row: (row[0], -row[4])
-    ):
-        if what == 0:
-            open_at[core, thread] = cycle
-        elif (core, thread) in open_at:
-            py, px = divmod(core, done.program.columns)
-            name = done.program.phases[tags[instruction]]
-            start = open_at.pop((core, thread))
-            spans.append((f"px {px}, py {py}", thread, name, start, cycle))
-    return spans
+    return report_of(name, done), done

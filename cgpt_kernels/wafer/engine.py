@@ -8,6 +8,7 @@ import numpy as np
 
 from ..backends import _C, _C_REASON
 from .program import STATISTICS, Program
+from .report import Report
 
 MAX_CYCLES = 10**9
 
@@ -73,3 +74,58 @@ def run(program: Program, *, log: int = 0, max_cycles: int = MAX_CYCLES, engine=
         None if memory is None else memory.reshape(shape),
         events,
     )
+
+
+def report_of(what: str, done: Run) -> Report:
+    """A report of one simulated program."""
+    program = done.program
+    spec = program.spec
+    last = np.unravel_index(int(done["finish"].argmax()), done["finish"].shape)
+    cycles = done.cycles
+    phases = dict(zip(program.phases, map(float, done.phases[last]), strict=True))
+    phases = {k: v for k, v in phases.items() if v}
+    compute = done["compute"]
+    # words go two and more at a time, beside no computation: never more cycles than that leaves
+    communication = np.minimum(done["fabric"], cycles - compute)
+    report = Report(
+        what,
+        spec,
+        program.rows,
+        program.columns,
+        cycles,
+        phases,
+        macs=int(done["macs"].sum()),
+        words=int(done["sent"].sum()),
+        hops=int(done["hops"].sum()),
+        peak_sram_bytes=4 * program.words + spec.code_bytes + spec.stack_bytes,
+        peak_macs_per_cycle=spec.rates["fmacs"],
+        maps={
+            "compute": compute,
+            "communication": communication,
+            "idle": cycles - compute - communication,
+            "hops": done["hops"],
+        },
+    )
+    report.maps["SRAM"] = np.full(compute.shape, report.peak_sram_bytes)
+    report.result = done.memory
+    if done.log is not None:
+        report.timeline = timeline(done)
+    return report
+
+
+def timeline(done: Run) -> list:
+    """Spans (core, thread, phase, start, end) from a run's log."""
+    code = done.program.lowered()["code"]
+    tags, open_at, spans = code[:, 23], {}, []
+    # an end comes before the launch that follows in the same cycle
+    for cycle, core, thread, instruction, what in sorted(
+        done.log.tolist(), key=lambda row: (row[0], -row[4])
+    ):
+        if what == 0:
+            open_at[core, thread] = cycle
+        elif (core, thread) in open_at:
+            py, px = divmod(core, done.program.columns)
+            name = done.program.phases[tags[instruction]]
+            start = open_at.pop((core, thread))
+            spans.append((f"px {px}, py {py}", thread, name, start, cycle))
+    return spans

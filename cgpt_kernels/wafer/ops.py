@@ -20,8 +20,7 @@ from .. import checks
 from ..backends import _C, _C_REASON, KERNEL_DTYPES
 from . import phases as phase_engine
 from . import strips, transposed
-from .collectives import from_run
-from .engine import run
+from .engine import report_of, run
 from .phases import allreduce, local, shift
 from .report import Report
 from .spec import WSE2, WaferSpec
@@ -142,7 +141,7 @@ def gemm_report(M, K, N, itemsize, grid, algorithm, spec, log: int = 0) -> Repor
     _fits("wafer.gemm", spec, words)
     name = f"gemm {M} x {K} x {N}, {algorithm}"
     if P <= SIMULATED and P**3 * (tiles.a + tiles.b) < 300_000:
-        report = from_run(name, run(build(spec, rows, columns, algorithm, tiles), log=log))
+        report = report_of(name, run(build(spec, rows, columns, algorithm, tiles), log=log))
         report.macs = M * K * N  # padding is not counted
     else:
         total, compute = strips.product(spec, rows, columns, algorithm, tiles)
@@ -163,7 +162,7 @@ def transposed_report(M, K, N, itemsize, grid, spec) -> Report:
     _fits("wafer.gemm", spec, words)
     name = f"gemm {M} x {K} x {N}, transposed b"
     if max(grid) <= SIMULATED:
-        report = from_run(name, run(transposed.build(spec, *grid, tiles)))
+        report = report_of(name, run(transposed.build(spec, *grid, tiles)))
     else:
         total, compute = strips.transposed_product(spec, *grid, tiles)
         by_name = dict(zip(PHASES, (compute, total - compute), strict=True))
