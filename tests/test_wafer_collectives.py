@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cgpt_kernels as ck
-from cgpt_kernels.wafer import WSE2, collectives
+from cgpt_kernels.wafer import WSE2, WSE3, collectives
 from cgpt_kernels.wafer.collectives import REDUCES, collective, formula, simulate
 
 ALL = [("broadcast", "flood"), *(("reduce", a) for a in REDUCES), ("allreduce", "ring"),
@@ -111,8 +111,17 @@ def test_values_may_be_given_and_come_back():
         ({"shape": (1, 800)}, r"within WSE-2's usable \(994, 750\) cores"),
         ({"words": 0}, "words must be a positive integer, got 0"),
         ({"kind": "allreduce", "algorithm": "ring", "words": 5}, "ring needs words a multiple"),
-        ({"groups": 9}, "groups must be in 1..4, got 9"),
-        ({"words": 12_000}, "needs .* B of SRAM"),
+        ({"groups": 9}, "groups must be a whole number in 1..4, got 9"),
+        ({"groups": 1.5}, "groups must be a whole number in 1..4, got 1.5"),
+        ({"words": 12_000}, "needs 60288 B of SRAM .* the limit is 48128 B"),
+        ({"words": 10**15}, r"core \(px 0, py 0\) needs \d+ B of SRAM"),  # nothing is allocated
+        ({"words": float("nan")}, "words must be a positive integer, got nan"),
+        ({"words": True}, "words must be a positive integer, got True"),
+        ({"shape": (1, float("nan"))}, r"grid must be \(rows, columns\) .* got \(1, nan\)"),
+        ({"shape": (4,)}, r"grid must be \(rows, columns\) .* got \(4\)"),
+        ({"shape": 4}, r"grid must be \(rows, columns\) .* got \(4\)"),
+        ({"shape": (0, 4)}, r"grid must be \(rows, columns\) .* got \(0, 4\)"),
+        ({"shape": (1, 700), "algorithm": "tree", "spec": WSE3}, "needs 10 input queues"),
     ],
     ids=str,
 )
@@ -120,3 +129,8 @@ def test_bad_arguments_are_named(options, message):
     options = {"kind": "reduce", "algorithm": "chain", "shape": (1, 4), "words": 4, **options}
     with pytest.raises(ValueError, match=message):
         collective(**options)
+
+
+def test_a_machine_is_a_spec_and_not_its_name():
+    with pytest.raises(TypeError, match=r"spec must be a WaferSpec like .* got 'wse2'"):
+        collective("reduce", shape=(1, 4), words=4, spec="wse2")

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cgpt_kernels.wafer import WSE2, WSE3, WaferSpec, collectives, engine, tiles, twin
+from cgpt_kernels.wafer import (
+    WSE2,
+    WSE3,
+    WaferSpec,
+    collectives,
+    engine,
+    model,
+    phases,
+    tiles,
+    transposed,
+    twin,
+)
 from cgpt_kernels.wafer.program import (
     ADVANCE_PATH,
     EAST,
@@ -354,7 +365,7 @@ def test_budgets_name_core_need_and_limit():
     with pytest.raises(ValueError, match=r"core \(px 0, py 0\) needs \d+ B of SRAM .* 48128 B"):
         engine.run(line(1, words=10_000)[0])
     program, wires = line(3)
-    with pytest.raises(ValueError, match="colour 21 is beyond the 21 that WSE-2 routes"):
+    with pytest.raises(ValueError, match=r"core \(px 0, py 0\) needs 22 colours, the limit is 21"):
         for _ in range(30):
             wires.flood(0)
     program, wires = line(2, WSE3)
@@ -363,10 +374,47 @@ def test_budgets_name_core_need_and_limit():
     program.place(halted(WSE3))
     with pytest.raises(ValueError, match=r"core \(px 1, py 0\) needs 9 input queues.* limit is 8"):
         engine.run(program)
-    with pytest.raises(ValueError, match=r"needs switch position 4, the limit is 4"):
-        program.route(0, (RAMP,), (EAST,), 0, 0, position=4)
+    wanted = r"core \(px 1, py 0\) needs 5 switch positions of colour 3, the limit is 4"
+    with pytest.raises(ValueError, match=wanted):
+        program.route(3, (RAMP,), (EAST,), 0, 1, position=4)
     with pytest.raises(ValueError, match=r"WSE-2's usable \(994, 750\) cores, got \(1, 751\)"):
         Program(WSE2, 1, 751)
+
+
+def test_threads_and_tasks_are_budgets_too():
+    program, _ = line(3, dataclasses.replace(WSE2, microthreads=2))
+    made = code()
+    for thread in range(3):
+        made.vector("mul", 4, to=at(0), a=at(0), b=at(0), thread=thread)
+    made.halt()
+    program.place(halted())
+    program.place(made, 0, 2)
+    wanted = r"core \(px 2, py 0\) needs 3 microthreads, the limit is 2"
+    with pytest.raises(ValueError, match=wanted):
+        engine.run(program)
+    program = collectives.build("allreduce", "ring", (1, 20), 20, WSE2, "task")
+    with pytest.raises(ValueError, match=r"core \(px 0, py 0\) needs 39 tasks, the limit is 32"):
+        engine.run(program)
+
+
+def test_the_longest_kernel_is_within_its_share_of_code():
+    """At what a whole decoder's code takes, by instruction."""
+    block = model.Block(4200, 14700, gated=True, rms=True)
+    decoder = phases.build(
+        WSE2, 60, 60, tuple(model.decode_phases(WSE2, block, 420, 420, 4200, 1)), 8
+    )
+    kernels = [
+        *(tiles.build(WSE2, 8, 8, name, tiles.Tiles(4, 4, 4)) for name in tiles.ALGORITHMS),
+        transposed.build(WSE2, 8, 8, tiles.Tiles(4, 4, 4)),
+        collectives.build("allreduce", "ktree", (16, 16), 8, WSE2),
+    ]
+
+    def longest(program):
+        return max(len(instructions) for instructions, _ in program.classes)
+
+    for spec in (WSE2, WSE3):
+        each = spec.decoder_code_bytes / longest(decoder)
+        assert all(each * longest(program) <= spec.code_bytes for program in kernels)
 
 
 def test_the_engine_refuses_addresses_outside_memory():
@@ -413,8 +461,20 @@ def test_vector_rates_are_the_published_ones():
 
 
 def test_bad_specs_are_refused():
-    with pytest.raises(ValueError, match="hop must be at least 1, got 0"):
-        dataclasses.replace(WSE2, hop=0)
+    for field, value, wanted in (
+        ("hop", 0, "hop must be a whole number, in 1..1000, got 0"),
+        ("hop", 1.5, "hop must be a whole number"),
+        ("hop", 10**12, "hop must be a whole number, in 1..1000"),
+        ("columns", "many", "columns must be a whole number"),
+        ("colours", 0, "colours must be a whole number, in 1..64, got 0"),
+        ("microthreads", 9, "microthreads must be a whole number, in 0..8, got 9"),
+        ("switch_positions", 5, "in 1..4, got 5"),
+        ("clock_hz", float("nan"), "clock_hz must be at least 1.0, got nan"),
+        ("io_bits", float("inf"), "io_bits must be at least 1.0, got inf"),
+        ("rates", {**WSE2.rates, "fmacs": 0}, "rates of 'fmacs' must be a positive whole number"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            dataclasses.replace(WSE2, **{field: value})
     with pytest.raises(ValueError, match="rates must name"):
         dataclasses.replace(WSE2, rates={"fmach": 4})
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -348,21 +348,25 @@ def simulate(kind, algorithm, shape, words, spec, relay="instruction", groups=No
     known = {"broadcast": ("flood",), "reduce": REDUCES, "allreduce": ("ring", *REDUCES)}[kind]
     checks.is_choice(op, "algorithm", algorithm, ("auto", *known))
     checks.is_choice(op, "relay", relay, RELAYS)
-    spec.check_grid(op, *shape)
+    if not isinstance(spec, WaferSpec):
+        raise TypeError(f"{op}: spec must be a WaferSpec like ck.wafer.WSE2, got {spec!r}")
+    spec.check_grid(op, *(shape if isinstance(shape, tuple | list) else (shape,)))
     rows, columns = shape
-    checks.in_range(op, "words", words, isinstance(words, int) and words > 0, "a positive integer")
+    checks.in_range(op, "words", words, type(words) is int and words > 0, "a positive integer")
     P = max(rows, columns)
     if algorithm == "auto":
         algorithm = "flood" if kind == "broadcast" else cheapest(kind, P, words, spec)
     if algorithm == "ring" and any(words % side for side in shape):
         raise ValueError(f"{op}: a ring needs words a multiple of {shape}, got {words}")
     if groups is not None:
-        checks.in_range(op, "groups", groups, 1 <= groups <= P, f"in 1..{P}")
+        ok = type(groups) is int and 1 <= groups <= P
+        checks.in_range(op, "groups", groups, ok, f"a whole number in 1..{P}")
     program = build(kind, algorithm, shape, words, spec, relay, groups)
+    program.check()  # before there are values to hold
     if values is None:
         values = np.arange(rows * columns * words, dtype=np.float32).reshape(rows, columns, words)
         values %= 7  # small integers: sums are exact in any order
-    values = np.asarray(values, np.float32)
+    values = np.asarray(values).astype(np.float32)
     if values.shape != (rows, columns, words):
         raise ValueError(
             f"{op}: values must have shape {(rows, columns, words)}, got {values.shape}"

@@ -23,6 +23,7 @@ ADVANCE_OWN, ADVANCE_PATH = 1, 2
 STATISTICS = ("finish", "compute", "fabric", "sent", "received", "hops", "macs", "deepest")
 PARAMETERS = 4
 POSITIONS = 4  # of a switch, as the engine stores routes
+TASKS = 32  # of a core, as the engine stores which are active
 NOWHERE = (-1, 0, 0, 0)
 
 
@@ -157,6 +158,13 @@ class Code:
 _FP32 = {"move": "fmovs", "add": "fadds", "mul": "fmuls", "max": "fmaxs"}
 
 
+def _beyond(py, px, need, limit, what: str) -> ValueError:
+    return ValueError(
+        f"wafer: core (px {px}, py {py}) needs {need} {what}, the limit is {limit}"
+        + (" B" if what.startswith("B ") else "")
+    )
+
+
 class Program:
     """A grid of cores with their code, routes and budgets.
 
@@ -184,16 +192,14 @@ class Program:
 
     def route(self, colour: int, receive, send, rows=slice(None), columns=slice(None), position=0):
         """Set what the routers of these cores do with a colour: ports in, ports out."""
-        if not 0 <= colour < self.routes.shape[2]:
-            raise ValueError(
-                f"wafer: colour {colour} is beyond the {self.spec.colours} that "
-                f"{self.spec.name} routes"
-            )
-        if not 0 <= position < min(POSITIONS, self.spec.switch_positions):
-            raise ValueError(
-                f"wafer: colour {colour} needs switch position {position}, the limit is "
-                f"{min(POSITIONS, self.spec.switch_positions)} positions"
-            )
+        for need, limit, what in (
+            (colour + 1, self.spec.colours, "colours"),
+            (position + 1, self.spec.switch_positions, f"switch positions of colour {colour}"),
+        ):
+            if not 0 < need <= limit:
+                cores = np.arange(self.rows * self.columns).reshape(self.rows, self.columns)
+                first = int(np.ravel(cores[rows, columns])[0])
+                raise _beyond(first // self.columns, first % self.columns, need, limit, what)
         mask = sum(1 << p for p in receive) | sum(1 << p for p in send) << 8
         self.routes[rows, columns, colour, position] = mask
 
@@ -203,24 +209,20 @@ class Program:
         need = 4 * self.words + spec.code_bytes + spec.stack_bytes
         limit = spec.sram_bytes - spec.sram_reserved
         if need > limit:
-            raise ValueError(
-                f"wafer: core (px 0, py 0) needs {need} B of SRAM ({4 * self.words} B data, "
-                f"{spec.code_bytes} B code, {spec.stack_bytes} B stack), the limit is {limit} B"
-            )
+            parts = f"{4 * self.words} B data, {spec.code_bytes} B code, {spec.stack_bytes} B stack"
+            raise _beyond(0, 0, need, limit, f"B of SRAM ({parts})")
         into_core = ((self.routes >> (8 + RAMP)) & 1).any(axis=3).sum(axis=2)
         self._refuse(into_core, spec.input_queues, "input queues")
-        used = np.zeros(max(len(self.classes), 1), np.int64)
-        for (instructions, _), index in self.classes.items():
-            used[index] = len({i[5] for i in instructions if i[5] >= 0})
-        self._refuse(used[self.core_class] * (self.core_class >= 0), spec.microthreads,
-                     "microthreads")  # fmt: skip
+        threads, tasks = np.zeros((2, len(self.classes) + 1), np.int64)  # cores without: the last
+        for (instructions, own), index in self.classes.items():
+            threads[index] = len({i[5] for i in instructions if i[5] >= 0})
+            tasks[index] = len(own)
+        self._refuse(threads[self.core_class], spec.microthreads, "microthreads")
+        self._refuse(tasks[self.core_class], TASKS, "tasks")
 
     def _refuse(self, needs, limit, what):
         if needs.max(initial=0) > limit:
-            py, px = np.unravel_index(int(needs.argmax()), needs.shape)
-            raise ValueError(
-                f"wafer: core (px {px}, py {py}) needs {needs.max()} {what}, the limit is {limit}"
-            )
+            raise _beyond(*np.unravel_index(needs.argmax(), needs.shape), needs.max(), limit, what)
 
     def lowered(self) -> dict[str, np.ndarray]:
         """The arrays that the engine and the twin read."""

@@ -27,6 +27,19 @@ _RATES_WSE3 = {
 }  # fmt: skip
 
 
+# What the engine can hold, and what a machine cannot do without: least and most.
+_BOUNDS = {
+    "rows": (1, 10**5), "columns": (1, 10**5), "hop": (1, 1000), "ramp": (1, 1000),
+    "stop": (0, 1000), "router_queue": (2, 1000), "core_queue": (2, 1000), "colours": (1, 64),
+    "switch_positions": (1, 4), "microthreads": (0, 8), "clock_hz": (1.0, math.inf),
+    "io_bits": (1.0, math.inf), "banks": (1, math.inf),
+}  # fmt: skip
+
+
+def _is_number(value, whole: bool) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+
+
 def _f(unit: str, what: str, default=dataclasses.MISSING):
     return field(default=default, metadata={"unit": unit, "what": what})
 
@@ -76,17 +89,22 @@ class WaferSpec:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            least = {"hop": 1, "ramp": 1, "router_queue": 2, "core_queue": 2, "rows": 1}
             if f.name in ("name", "rates", "provenance"):
                 continue
-            if value < least.get(f.name, 0):
-                raise ValueError(
-                    f"WaferSpec: {f.name} must be at least {least.get(f.name, 0)}, got {value!r}"
-                )
+            value, whole = getattr(self, f.name), f.type == "int"
+            low, high = _BOUNDS.get(f.name, (0, math.inf))
+            if not _is_number(value, whole) or not low <= value <= high or value == math.inf:
+                wanted = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+                wanted = f"a whole number, {wanted}" if whole else wanted
+                raise ValueError(f"WaferSpec: {f.name} must be {wanted}, got {value!r}")
         missing = sorted(_RATES_WSE2.keys() - self.rates.keys())
         if missing:
             raise ValueError(f"WaferSpec: rates must name {', '.join(missing)} too")
+        for name, rate in self.rates.items():
+            if not _is_number(rate, True) or rate < 1:
+                raise ValueError(
+                    f"WaferSpec: rates of {name!r} must be a positive whole number, got {rate!r}"
+                )
         for name, (tag, _) in self.provenance.items():
             if tag not in TAGS or name not in {f.name for f in dataclasses.fields(self)}:
                 raise ValueError(f"WaferSpec: bad provenance of {name!r}: {tag!r}")
@@ -107,13 +125,13 @@ class WaferSpec:
     def seconds(self, cycles: float) -> float:
         return cycles / self.clock_hz
 
-    def check_grid(self, op: str, rows: int, columns: int) -> None:
-        """ValueError unless the usable rectangle holds a grid of this many cores."""
-        ok = isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0
-        if not ok or rows > self.rows or columns > self.columns:
+    def check_grid(self, op: str, *grid: int) -> None:
+        """ValueError unless the usable rectangle holds a grid of (rows, columns) cores."""
+        sides = zip(grid, (self.rows, self.columns), strict=False)
+        if len(grid) != 2 or not all(_is_number(n, True) and 0 < n <= most for n, most in sides):
             raise ValueError(
                 f"{op}: grid must be (rows, columns) within {self.name}'s usable "
-                f"({self.rows}, {self.columns}) cores, got ({rows}, {columns})"
+                f"({self.rows}, {self.columns}) cores, got ({', '.join(map(str, grid))})"
             )
 
     def vector_cycles(
@@ -165,6 +183,11 @@ _SHARED = {
     "sram_bytes": ("published", _SDK),
     "sram_reserved": ("derived", "a public full-wafer WSE-3 program: 48,128 B usable"),
     "stack_bytes": ("published", "the same program: stack of 4,096 B"),
+    "code_bytes": (
+        "derived",
+        "`decoder_code_bytes` over that program's 75 instructions here, times 30: the longest "
+        "kernel, SUMMA, has 26",
+    ),
     "decoder_code_bytes": ("derived", f"{_WAFERLLM}, Table 5: 382 tokens without shifts"),
     "banks": ("published", _SDK),
     "colours": ("published", f"{_SDK}: 24, of which the host-copy runtime reserves 21 to 23"),

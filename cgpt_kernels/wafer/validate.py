@@ -240,11 +240,12 @@ _ROWS = {
 }
 
 
-def validate(kinds: tuple[str, ...] = tuple(TARGETS)) -> list[Row]:
+def validate(kinds: str | tuple[str, ...] = tuple(TARGETS)) -> list[Row]:
     """All published rows of these kinds with the model's prediction.
 
     kinds: among "formula" (target: within 4 %), "micro", "kernel" (10 %), "end to end" (15 %).
     """
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
     unknown = set(kinds) - set(TARGETS)
     if unknown:
         raise ValueError(f"validate: kinds must be among {tuple(TARGETS)}, got {sorted(unknown)}")

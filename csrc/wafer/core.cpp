@@ -26,9 +26,8 @@ bool holds(int32_t when, int32_t turn, int32_t value) {
                      : turn > value;
 }
 
-Operand in_round(Operand o, int32_t round, int32_t steps) {
-  if (o.base >= 0) o.base += o.step * steps + (round & 1) * o.alt;
-  return o;
+int32_t in_round(const Operand& o, int32_t round, int32_t steps) {
+  return o.base < 0 ? -1 : o.base + o.step * steps + (round & 1) * o.alt;
 }
 
 }  // namespace
@@ -131,7 +130,7 @@ void Grid::launch(Core& c, int64_t core, const Instruction& i) {
   t.b = in_round(i.b, c.round, steps);
   t.flags = !i.wrap || steps + 1 == i.wrap ? i.flags : 0;
   if (i.op == Op::vec && i.in >= 0) t.in = &inbox_[route(core, i.in)->destination[kRamp]];
-  if (i.op == Op::vec && i.out >= 0) t.out = &channels_[route(core, i.out)->channel[kRamp]].queue;
+  if (i.op == Op::vec && i.out >= 0) t.out = &channels_[route(core, i.out)->channel[kRamp]];
   c.busy |= 1u << index;
   log(now_, core, index, &i, 0);
   if (index != kMain) {
@@ -143,7 +142,7 @@ void Grid::launch(Core& c, int64_t core, const Instruction& i) {
 bool Grid::ready(const Thread& t) const {
   if (t.done != kNever || t.ready > now_) return false;
   if (t.in && (!t.in->size || head(*t.in).at > now_)) return false;
-  return !t.out || !t.out->full(now_);
+  return !t.out || !t.out->queue.full(now_);
 }
 
 // What an instruction without fabric operands does to memory, all at once with its last beat.
@@ -152,15 +151,15 @@ void Grid::compute(Thread& t, float* m) {
   if (i.op == Op::vec) {
     for (int32_t word = 0; word < i.len; ++word) {
       const int32_t n = i.period ? word % i.period : word;
-      const float y = t.b.base >= 0 ? m[t.b.base + n * t.b.stride] : 0.0f;
-      m[t.dst.base + n * t.dst.stride] = apply(i.function, m[t.a.base + n * t.a.stride], y);
+      const float y = t.b >= 0 ? m[t.b + n * i.b.stride] : 0.0f;
+      m[t.dst + n * i.dst.stride] = apply(i.function, m[t.a + n * i.a.stride], y);
     }
   } else if (i.op == Op::macs) {
     for (int32_t row = 0; row < i.m; ++row)
       for (int32_t k = 0; k < i.k; ++k) {
-        const float x = m[t.a.base + row * i.k + k];
+        const float x = m[t.a + row * i.k + k];
         for (int32_t col = 0; col < i.n; ++col)
-          m[t.dst.base + row * i.n + col] += x * m[t.b.base + k * i.n + col];
+          m[t.dst + row * i.n + col] += x * m[t.b + k * i.n + col];
       }
   }
 }
@@ -168,7 +167,7 @@ void Grid::compute(Thread& t, float* m) {
 void Grid::beat(Core& c, int64_t core, int index) {
   Thread& t = c.threads[index];
   const Instruction& i = *t.instruction;
-  c.turn = index == kMain ? 0 : index + 1;
+  c.turn = static_cast<int8_t>(index == kMain ? 0 : index + 1);
   float* m = memory(core);
   if (!t.on_fabric()) {
     ++statistic(core, kComputeBeats);
@@ -186,13 +185,14 @@ void Grid::beat(Core& c, int64_t core, int index) {
     x = pop(*t.in).value;
     ++statistic(core, kReceived);
   } else if (m) {
-    x = m[t.a.base + n * t.a.stride];
+    x = m[t.a + n * i.a.stride];
   }
-  if (m && t.b.base >= 0) x = apply(i.function, x, m[t.b.base + n * t.b.stride]);
-  if (m && t.dst.base >= 0) m[t.dst.base + n * t.dst.stride] = x;
+  if (m && t.b >= 0) x = apply(i.function, x, m[t.b + n * i.b.stride]);
+  if (m && t.dst >= 0) m[t.dst + n * i.dst.stride] = x;
   const bool last = ++t.position == i.len;
   if (i.out >= 0) {
-    push(*t.out, x, last ? t.flags : 0, now_ + k_.stop + k_.ramp, core);
+    enter(static_cast<int32_t>(t.out - channels_.data()), x, last ? t.flags : 0,
+          now_ + k_.stop + k_.ramp, core);
     wake(kRouter, core, now_ + k_.stop + k_.ramp);
     ++statistic(core, kSent);
   }
@@ -222,7 +222,7 @@ void Grid::visit_core(int64_t core) {
     const int64_t beats = now_ - c.skip_from;
     c.threads[c.skip_thread].remaining -= static_cast<int32_t>(beats);
     statistic(core, kComputeBeats) += beats;
-    if (beats) c.turn = c.skip_thread == kMain ? 0 : c.skip_thread + 1;
+    if (beats) c.turn = static_cast<int8_t>(c.skip_thread == kMain ? 0 : c.skip_thread + 1);
     c.skip_from = -1;
   }
   for (uint32_t rest = c.ending; rest; rest &= rest - 1) {
@@ -275,12 +275,12 @@ void Grid::sleep(Core& c, int64_t core) {
       if (!t.in->size) continue;  // woken by its arrival
       when = std::max(when, head(*t.in).at);
     }
-    if (t.out && t.out->size >= t.out->room) continue;  // woken by the router
+    if (t.out && t.out->queue.size >= t.out->queue.room) continue;  // woken by the router
     next = std::min(next, when);
   }
   if (locals == 1 && alone == now_ + 1 && next > now_ + 1) {
     c.skip_from = now_ + 1;
-    c.skip_thread = local;
+    c.skip_thread = static_cast<int8_t>(local);
     next = std::min(next, now_ + c.threads[local].remaining);
   } else {
     next = std::min(next, alone);

@@ -1,5 +1,6 @@
 // Routers: static routes per colour with switch positions, multicast, back-pressure.
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 
 #include "grid.h"
@@ -13,6 +14,12 @@ void Grid::push(Queue& q, float value, int32_t flags, int64_t at, int64_t core) 
   ++q.size;
   int64_t& deepest = statistic(core, kDeepest);
   deepest = std::max<int64_t>(deepest, q.size + (q.popped == now_));
+}
+
+// Into a router, by one of its channels.
+void Grid::enter(int32_t channel, float value, int32_t flags, int64_t at, int64_t core) {
+  push(channels_[channel].queue, value, flags, at, core);
+  routers_[core].occupied |= routers_[core].bit(channel);
 }
 
 Wavelet Grid::pop(Queue& q) {
@@ -53,11 +60,17 @@ bool Grid::two_sources(const Route& r, int port) const {
 }
 
 void Grid::visit_router(int64_t core) {
-  if (router_visited_[core] == now_) return;
-  router_visited_[core] = now_;
+  Router& router = routers_[core];
+  if (router.visited == now_) return;
+  router.visited = now_;
   unsigned used = 0;
   int64_t next = kNever;
-  for (int32_t n = first_channel_[core]; n < first_channel_[core + 1]; ++n) {
+  for (int32_t n = router.first; n < router.end; ++n) {
+    if (router.end - router.first <= 64) {
+      const uint64_t rest = router.occupied >> (n - router.first);
+      if (!rest) break;
+      n += std::countr_zero(rest);
+    }
     Channel& channel = channels_[n];
     Queue& q = channel.queue;
     if (q.size == 0) continue;
@@ -89,6 +102,7 @@ void Grid::visit_router(int64_t core) {
       else wake(kRouter, neighbour(core, channel.port), now_ + 1);
     }
     Wavelet w = pop(q);
+    if (!q.size) router.occupied &= ~router.bit(n);
     const bool command = w.flags != 0;
     advance(r, w);
     for (int p = 0; p < kPorts; ++p) {
@@ -98,7 +112,7 @@ void Grid::visit_router(int64_t core) {
         wake(kCore, core, now_ + k_.ramp);
       } else {
         const int64_t there = neighbour(core, p);
-        push(channels_[r.destination[p]].queue, w.value, w.flags, now_ + k_.hop, there);
+        enter(r.destination[p], w.value, w.flags, now_ + k_.hop, there);
         wake(kRouter, there, now_ + k_.hop);
         ++statistic(core, kHops);
       }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <optional>
 #include <stdexcept>
 #include <thread>
@@ -63,8 +64,6 @@ class Partner {
 Grid::Grid(const Constants& constants, const ProgramView& program, Results& results)
     : k_(constants), program_(program), out_(results), cores_(k_.width * k_.height) {
   build_routes();
-  router_visited_.assign(cores_, -1);
-  router_scheduled_.assign(cores_, -1);
   core_.resize(cores_);
   for (Calendar& c : calendar_) c.ring.resize(kRing);
   const int64_t middle = k_.height / 2;
@@ -90,7 +89,9 @@ Grid::Grid(const Constants& constants, const ProgramView& program, Results& resu
 
 Queue Grid::make_queue(int64_t room) {
   Queue q;
-  q.begin = static_cast<int64_t>(pool_.size());
+  if (pool_.size() + room > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("wafer: the queues of this grid hold more than 2^31 wavelets");
+  q.begin = static_cast<int32_t>(pool_.size());
   q.room = static_cast<int32_t>(room);
   pool_.resize(pool_.size() + room);
   return q;
@@ -98,9 +99,9 @@ Queue Grid::make_queue(int64_t room) {
 
 void Grid::build_routes() {
   route_index_.assign(cores_ * k_.colours, -1);
-  first_channel_.assign(cores_ + 1, 0);
+  routers_.resize(cores_);
   for (int64_t core = 0; core < cores_; ++core) {
-    first_channel_[core] = static_cast<int32_t>(channels_.size());
+    routers_[core].first = static_cast<int32_t>(channels_.size());
     for (int64_t colour = 0; colour < k_.colours; ++colour) {
       const int32_t* given = program_.routes + (core * k_.colours + colour) * kSwitchPositions;
       if (given[0] == 0) continue;
@@ -129,8 +130,8 @@ void Grid::build_routes() {
       route_index_[core * k_.colours + colour] = index;
       routes_.push_back(r);
     }
+    routers_[core].end = static_cast<int32_t>(channels_.size());
   }
-  first_channel_[cores_] = static_cast<int32_t>(channels_.size());
   for (Route& r : routes_)
     for (int p = 0; p < kRamp; ++p) {
       unsigned sends = 0;
@@ -148,7 +149,7 @@ void Grid::build_routes() {
 }
 
 void Grid::wake(Kind kind, int64_t core, int64_t cycle) {
-  int64_t& scheduled = kind == kCore ? core_[core].scheduled : router_scheduled_[core];
+  int64_t& scheduled = kind == kCore ? core_[core].scheduled : routers_[core].scheduled;
   if (scheduled == cycle) return;
   scheduled = cycle;
   const uint32_t item = static_cast<uint32_t>(core) << 1 | kind;
@@ -161,15 +162,25 @@ void Grid::wake(Kind kind, int64_t core, int64_t cycle) {
   }
 }
 
-// A visit waits for memory most of the time: the whole grid is larger than a core's caches.
-void Grid::fetch_early(uint32_t item) const {
-  const int64_t core = item >> 1;
+// Asks for what visits to come will need: first the core or router, then what it says is in use.
+void Grid::fetch_early(const Calendar& calendar, size_t n) const {
+  const std::vector<uint32_t>& today = calendar.today;
+  if (n + 2 * kAhead < today.size()) {
+    const uint32_t item = today[n + 2 * kAhead];
+    if ((item & 1) == kCore) __builtin_prefetch(&core_[item >> 1]);
+    else __builtin_prefetch(&routers_[item >> 1]);
+  }
+  if (n + kAhead >= today.size()) return;
+  const uint32_t item = today[n + kAhead];
   if ((item & 1) == kCore) {
-    const char* c = reinterpret_cast<const char*>(&core_[core]);
-    for (size_t line = 0; line < sizeof(Core); line += 64) __builtin_prefetch(c + line);
+    const Core& c = core_[item >> 1];
+    __builtin_prefetch(&c.threads[kMain]);
+    for (uint32_t rest = c.busy; rest; rest &= rest - 1)
+      __builtin_prefetch(&c.threads[std::countr_zero(rest)]);
   } else {
-    const int32_t first = first_channel_[core], end = first_channel_[core + 1];
-    for (int32_t n = first; n < end; ++n) {
+    const Router& router = routers_[item >> 1];
+    for (int32_t n = router.first; n < router.end; ++n) {
+      if (!(router.occupied & router.bit(n))) continue;
       __builtin_prefetch(&channels_[n]);
       __builtin_prefetch(&routes_[channels_[n].route]);
     }
@@ -194,7 +205,7 @@ void Grid::visit(uint32_t item) {
 void Grid::work(Calendar& c) {
   try {
     for (size_t n = 0; n < c.today.size(); ++n) {
-      if (n + kAhead < c.today.size()) fetch_early(c.today[n + kAhead]);
+      fetch_early(c, n);
       const uint32_t item = c.today[n];
       const int64_t core = item >> 1;
       if ((item & 1) == kRouter && core >= edge_begin_ && core < edge_end_) c.edge.push_back(item);

@@ -55,8 +55,11 @@ enum Statistic : int {
   kStatistics
 };
 
+// A visit waits for memory most of the time, since the whole grid is larger than a core's caches:
+// what one needs lies in few lines of 64 bytes.
+
 struct Queue {
-  int64_t begin;  // into the pool of wavelets
+  int32_t begin;  // into the pool of wavelets
   int32_t room, head = 0, size = 0;
   int64_t popped = -1;  // cycle of the last departure
 
@@ -70,7 +73,7 @@ struct Channel {  // wavelets of one colour that entered a router by one port
   int8_t port;
 };
 
-struct Route {  // what a router does with one colour
+struct alignas(64) Route {  // what a router does with one colour
   int32_t core;
   int16_t colour;
   int8_t positions = 0, current = 0;
@@ -80,31 +83,41 @@ struct Route {  // what a router does with one colour
   int64_t moved = -1;
 };
 
-struct Thread {
+struct Router {
+  int64_t visited = -1, scheduled = -1;
+  uint64_t occupied = 0;  // which of its channels hold wavelets; beyond 64 channels it says nothing
+  int32_t first = 0, end = 0;  // its channels
+
+  uint64_t bit(int32_t channel) const { return uint64_t{1} << ((channel - first) & 63); }
+};
+
+struct alignas(64) Thread {
   const Instruction* instruction = nullptr;  // nullptr: free
-  int32_t position = 0;                      // words done
-  int32_t remaining = 0;                     // beats left, without fabric operands
-  int32_t flags = 0;                         // commands of the last wavelet
   int64_t ready = 0;                         // first cycle with a beat
   int64_t done = kNever;
-  Queue *in = nullptr, *out = nullptr;  // of its fabric operands
-  Operand dst, a, b;                    // base already moved by the round of the loop
+  Queue* in = nullptr;               // of its fabric operands
+  Channel* out = nullptr;            //
+  int32_t position = 0;              // words done
+  int32_t remaining = 0;             // beats left, without fabric operands
+  int32_t flags = 0;                 // commands of the last wavelet
+  int32_t dst = -1, a = -1, b = -1;  // addresses in this round of the loop; -1: absent
 
   bool on_fabric() const { return in || out; }
 };
+static_assert(sizeof(Thread) == 64);
 
-struct Core {
-  Thread threads[kMicrothreads + 1];
-  int32_t pc = 0, turn = 0;
-  int32_t loop_start = -1, loop_rounds = 0, round = 0;
-  bool in_task = false, halted = false;
-  uint32_t active = 0, blocked = 0;  // masks of the class's tasks
-  uint32_t busy = 0, ending = 0;     // masks of threads with an instruction, and with one just done
-  int64_t next = 0;                  // when the main thread takes its next instruction
-  int64_t mark = 0;                  // until when its time is booked on phases
+struct alignas(64) Core {
   int64_t visited = -1, scheduled = -1;
+  int64_t next = 0;        // when the main thread takes its next instruction
+  int64_t mark = 0;        // until when its time is booked on phases
   int64_t skip_from = -1;  // since when one thread without fabric operands has run alone
-  int32_t skip_thread = 0;
+  int32_t pc = 0, round = 0;
+  uint32_t active = 0, blocked = 0;  // masks of the class's tasks
+  uint16_t busy = 0, ending = 0;     // masks of threads with an instruction, and with one just done
+  int8_t turn = 0, skip_thread = 0;
+  bool in_task = false, halted = false;
+  int32_t loop_start = -1, loop_rounds = 0;
+  Thread threads[kMicrothreads + 1];
 };
 
 class Grid {
@@ -151,6 +164,7 @@ class Grid {
   void log(int64_t cycle, int64_t core, int thread, const Instruction* instruction, int what);
 
   void push(Queue& queue, float value, int32_t flags, int64_t at, int64_t core);
+  void enter(int32_t channel, float value, int32_t flags, int64_t at, int64_t core);
   Wavelet pop(Queue& queue);
   const Wavelet& head(const Queue& q) const { return pool_[q.begin + q.head]; }
 
@@ -158,7 +172,7 @@ class Grid {
   void take_today(Calendar& calendar);
   void visit(uint32_t item);
   void work(Calendar& calendar);
-  void fetch_early(uint32_t item) const;
+  void fetch_early(const Calendar& calendar, size_t n) const;
   void check_the_end() const;
   std::string why_stuck(int64_t core) const;
 
@@ -180,9 +194,8 @@ class Grid {
   std::vector<Wavelet> pool_;
   std::vector<Channel> channels_;
   std::vector<Route> routes_;
-  std::vector<int32_t> route_index_;    // [cores, colours]
-  std::vector<int32_t> first_channel_;  // [cores + 1]
-  std::vector<int64_t> router_visited_, router_scheduled_;
+  std::vector<int32_t> route_index_;  // [cores, colours]
+  std::vector<Router> routers_;
   std::vector<Queue> inbox_;  // core queues, by route
   std::vector<Core> core_;
 
