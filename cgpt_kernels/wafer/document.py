@@ -75,12 +75,12 @@ _MISSES = """
 formulas 4 %, micro and kernel rows 10 %, end to end 15 %. What is missed, and what is known:
 
 - *Stencils over tiles on WSE-2*: 6.1 to 6.2 cycles per cell where one multiply and four
-  multiply-adds at the listed rates take 4.5. WSE-3 takes 4.1, as listed. The program's author counts
-  1 cycle for the multiply, 1 for each multiply-add along a row and 1.5 for those across rows, whose
-  operands share banks. Which ones do depends on where its arrays lie. At radius 2 and beyond both
-  machines take the same time, and two published rules give it on paper within 5 % for even tiles:
-  operands an even number of words apart conflict, except aligned ones 2 modulo 4 apart. At radius 1
-  these rules explain one row of WSE-2 and neither of WSE-3, so they are not in the model.
+  multiply-adds at the listed rates take 4.5. WSE-3 takes 4.1, as listed. The program's author
+  counts 1 cycle for the multiply, 1 for each multiply-add along a row and 1.5 for those across
+  rows, whose operands share banks. Which ones do depends on where its arrays lie. At radius 2 and
+  beyond both machines take the same time, and two published rules give it on paper within 5 % for
+  even tiles: operands an even number of words apart conflict, except aligned ones 2 modulo 4 apart.
+  At radius 1 they explain one row of WSE-2 and neither of WSE-3, so they are not in the model.
 
 Within their targets, but with a lean that has a cause:
 
