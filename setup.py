@@ -16,6 +16,7 @@ Environment:
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -102,8 +103,15 @@ def find_nvcc():
 
 
 def cuda_architectures():
-    """CGPT_CUDA_ARCHS, e.g. ["80", "90a"]."""
-    return os.environ.get("CGPT_CUDA_ARCHS", "80;90a").split(";")
+    """CGPT_CUDA_ARCHS, e.g. ["80", "90a"], checked."""
+    asked = os.environ.get("CGPT_CUDA_ARCHS", "80;90a")
+    found = asked.split(";")
+    if not all(re.fullmatch(r"([89]|1\d)\d[af]?", a) for a in found):
+        raise SystemExit(
+            "CGPT_CUDA_ARCHS must be compute capabilities from 80 on with semicolons between them, "
+            f"such as '80;90a', got {asked!r}"
+        )
+    return found
 
 
 def cutlass_flags():

@@ -74,6 +74,45 @@ def test_setup_and_cmake_compile_the_same_sources(setup_module, cmake_build):
     assert ninja == cmake
 
 
+def cuda_flags(command):
+    """What decides an object of nvcc: macros, the standard, real and virtual architectures."""
+    codes = re.findall(r"arch=(\w+),code=\[?([\w,]+)", command)
+    return (
+        {*re.findall(r"-DCGPT_\w+", command), *re.findall(r"-std=\S+|-O\d|--expt-\S+", command)},
+        {(virtual, *sorted(real.split(","))) for virtual, real in codes},
+    )
+
+
+@pytest.mark.parametrize("cutlass", [False, True], ids=["without CUTLASS", "with CUTLASS"])
+def test_setup_and_cmake_compile_the_same_cuda_sources(
+    cutlass, setup_module, monkeypatch, tmp_path
+):
+    for name in ("CGPT_CUDA", "CGPT_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    nvcc = setup_module.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    headers = [*setup_module.CUTLASS_FLAGS, "-isystem", str(tmp_path)] if cutlass else []
+    monkeypatch.setattr(setup_module, "cutlass_flags", lambda: headers)
+    text = setup_module.ninja_text(Path("_C.so"), [], nvcc)
+    rule = re.search(r"^rule nvcc\n  command = (.*)", text, re.MULTILINE)[1]
+    ninja = {
+        str(Path(source).relative_to(ROOT)): cuda_flags(f"{rule} {flags}")
+        for source, flags in re.findall(r"^build \S+: nvcc (\S+)\n  flags = (.*)", text, re.M)
+    }
+    options = [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    options += ["-DCGPT_CUDA=ON", f"-DCGPT_CUTLASS={tmp_path if cutlass else ''}"]
+    command = [tool("cmake"), "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    cmake = {
+        str(Path(entry["file"]).relative_to(ROOT)): cuda_flags(entry["command"])
+        for entry in json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+        if entry["file"].endswith(".cu")
+    }
+    assert ninja == cmake and ninja
+
+
 def test_cpp_tests_pass(cmake_build):
     ctest = [tool("ctest"), "--test-dir", cmake_build, "--output-on-failure"]
     done = subprocess.run(ctest, capture_output=True, text=True)
@@ -120,6 +159,16 @@ def test_cuda_option_errors_say_what_to_do(setup_module, monkeypatch, value, exp
     monkeypatch.setattr(setup_module.Path, "exists", lambda path: False)
     with pytest.raises(SystemExit, match=expected):
         setup_module.find_nvcc()
+
+
+@pytest.mark.parametrize("value", ["", "banana", "80;", "80,90a", "sm_80", "75", "9.0"])
+def test_architectures_that_are_none_are_refused(setup_module, monkeypatch, value):
+    monkeypatch.setenv("CGPT_CUDA_ARCHS", value)
+    with pytest.raises(SystemExit, match=f"such as '80;90a', got {re.escape(repr(value))}"):
+        setup_module.cuda_architectures()
+    for fine in ("80", "80;90a", "86;100a", "120f"):
+        monkeypatch.setenv("CGPT_CUDA_ARCHS", fine)
+        assert setup_module.cuda_architectures() == fine.split(";")
 
 
 def test_an_unknown_tier_in_the_environment_is_named():
