@@ -1,9 +1,10 @@
 """Every CUDA kernel, compiled for two GPUs that need not be there; those for Hopper for that one.
 
 Held against tests/cuda_budget.json: registers and static shared memory at most what stands there,
-no spill, and the instructions that make a kernel fast where they stand there. The file is written
-by `python tests/test_cuda_budget.py`, or by the same with the names of some ops' folders; a change
-of the file belongs into the review of the change that made it.
+no spill, and the instructions that make a kernel fast where they stand there: tensor cores, and
+accesses of 16 bytes to memory and shared memory; NARROW says why some kernels have none. The file
+is written by `python tests/test_cuda_budget.py`, or by the same with the names of some ops'
+folders; a change of the file belongs into the review of the change that made it.
 """
 
 import importlib.util
@@ -38,6 +39,28 @@ INSTRUCTIONS = {
     "copy_async_16": r"\bLDGSTS\S*\.128\b",
     "load_16": r"\bLDG(?!STS)\S*\.128\b",
     "store_16": r"\bSTG\S*\.128\b",
+    "shared_load_16": r"\bLDS\S*\.128\b",
+}
+# What brings 16 bytes a thread, or a whole box, from memory.
+WIDE = {"load_16", "copy_async_16", "tma"}
+# Kernels that have none of these, and why.
+NARROW = {
+    # the other instance takes aligned tensors
+    r"layer_norm_(fwd|bwd)_kernel<.*, false>": "views that are not aligned to 16 bytes",
+    r"linear_cross_entropy_(fwd|logit_gradient)_kernel<.*, false>": "the same",
+    r"gemm_(rows|float_rows|activation_bwd)_kernel<.*, false>": "the same",
+    r"decoder_embed_kernel<.*, false>": "the same",
+    r"decoder_append_kernel<\w+, 1>": "the same",
+    # a warp reads 128 neighbouring bytes, and as many blocks as there are count for more
+    r"add_shares_kernel": "a lane a column: with four columns a width of 768 would have 6 blocks",
+    r"attention_join_kernel": "a lane a column of at most 64 parts of a row",
+    r"linear_cross_entropy_join_kernel": "a thread a row: 12 bytes a chunk, at most 64 chunks",
+    r"layer_norm_bwd_columns_kernel": "a thread a column; rows beyond 8192 values only",
+    r"layer_norm_(fwd|bwd)_any_kernel": "rows beyond 8192 values, wider than any model's here",
+    r"unpack_kernel": "the packed layout keeps 4 bytes of a column together, of 32 columns 128",
+    r"decoder_activate_kernel": "the hidden values of a few tokens, a few KB",
+    r"decoder_append_int8_kernel": "a token's keys and values, a few KB",
+    r"decoder_choose_kernel": "one row of logits a sequence, read once from L2",
 }
 
 
@@ -141,6 +164,18 @@ def test_machine_code_stays_within_its_budget(op, architecture, monkeypatch):
             assert code["shared"] <= row["shared"], what
 
 
+def test_every_kernel_reads_16_bytes_at_a_time_or_says_why_not():
+    unused = set(NARROW)
+    for op, kernels in json.loads(BUDGET.read_text())["kernels"].items():
+        for kernel, rows in kernels.items():
+            found = {p for p in NARROW if re.match(p, kernel)}
+            unused -= found
+            for architecture, row in rows.items():
+                wide = bool(WIDE & {*row["instructions"]})
+                assert wide != bool(found), f"{kernel} of {op} for {architecture}: {row}"
+    assert not unused, "no such kernel is narrow any more"
+
+
 def test_kernels_of_16_bit_products_use_tensor_cores_and_16_byte_copies():
     kernels = json.loads(BUDGET.read_text())["kernels"]["cross_entropy"]
     for kernel, rows in kernels.items():
@@ -151,11 +186,13 @@ def test_kernels_of_16_bit_products_use_tensor_cores_and_16_byte_copies():
                 )
 
 
-def test_tiles_of_gemm_use_tensor_cores_and_few_rows_load_16_bytes():
+def test_tiles_of_gemm_use_tensor_cores_and_16_byte_copies_and_few_rows_load_16_bytes():
     for kernel, rows in json.loads(BUDGET.read_text())["kernels"]["gemm"].items():
         wanted = set()
         if kernel.startswith("gemm_mma_kernel"):
             wanted = {"mma", "ldmatrix", "copy_async_16"}
+        if kernel.startswith("gemm_float_kernel"):
+            wanted = {"copy_async_16", "shared_load_16", "store_16"}
         if kernel.startswith("packed_gemm_rows") or re.match(r"gemm_rows.*true, true>", kernel):
             wanted = {"mma", "load_16"}
         for architecture, row in rows.items():

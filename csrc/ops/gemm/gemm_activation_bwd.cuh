@@ -2,7 +2,8 @@
 // rows.
 //
 // A block takes 64 rows of 256 columns, a warp every eighth of the rows, a lane 8 columns. Reads dy
-// and pre once and writes g once: 3 * M * N * sizeof(T) bytes, and a share of dbias a block.
+// and pre once and writes g once: 3 * M * N * sizeof(T) bytes, and a share of dbias a block. Rows
+// go along the grid's x, which has no end: along y there are 65535 blocks, 4 million rows.
 #pragma once
 
 #include "gemm_epilogue.cuh"
@@ -27,8 +28,8 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kSlopeThreads) gemm_activation_bwd_kernel(const Slope<T> p) {
   constexpr int kWarps = kSlopeThreads / kWarp;
   float* const partial = shared<float>();  // [warps][columns]
-  const int64_t column = int64_t{block_x()} * kSlopeColumns + lane() * 8;
-  const int64_t end = (int64_t{block_y()} + 1) * kGemmShareRows;
+  const int64_t column = int64_t{block_y()} * kSlopeColumns + lane() * 8;
+  const int64_t end = (int64_t{block_x()} + 1) * kGemmShareRows;
   Vec<float, 8> total{};
 #pragma unroll 2
   for (int64_t r = end - kGemmShareRows + warp(); r < end && r < p.M; r += kWarps) {
@@ -46,12 +47,12 @@ __global__ void __launch_bounds__(kSlopeThreads) gemm_activation_bwd_kernel(cons
   if (!p.shares) return;
   store(partial + warp() * kSlopeColumns + lane() * 8, total);
   block_barrier();
-  const int64_t n = int64_t{block_x()} * kSlopeColumns + thread();
+  const int64_t n = int64_t{block_y()} * kSlopeColumns + thread();
   if (n >= p.N) return;
   float sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += partial[w * kSlopeColumns + thread()];
-  p.shares[int64_t{block_y()} * p.N + n] = sum;
+  p.shares[int64_t{block_x()} * p.N + n] = sum;
 }
 
 }  // namespace

@@ -197,8 +197,8 @@ void activation_bwd(const GemmActivationBwdArgs& args) {
   if (args.shares) p.shares = args.shares.as<float>();
   const auto go = [&](auto kernel) {
     launch("gemm_bwd",
-           {.grid_x = tiles(p.N, kSlopeColumns),
-            .grid_y = gemm_bwd_shares(p.M),
+           {.grid_x = gemm_bwd_shares(p.M),
+            .grid_y = tiles(p.N, kSlopeColumns),
             .threads = kSlopeThreads,
             .shared = kSlopeThreads / kWarp * kSlopeColumns * 4,
             .like = args.dy},

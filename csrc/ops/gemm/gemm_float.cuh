@@ -1,7 +1,8 @@
 // Tiles of a product in fp32 on the FMA units, for factors of any strides.
 //
 // A block of two warps makes a 64 x 64 tile, a thread 8 x 8 of it: 64 FMA for four 16-byte reads of
-// shared memory. Slices of 16 along K come by cp.async, four bytes at a time, so that alignment and
+// shared memory. Slices of 16 along K come by cp.async, [k][row]: a factor that is dense along its
+// rows 16 bytes at a time where it is aligned, others four bytes at a time, so that alignment and
 // layout do not matter: 32 copies a thread beside 1024 FMA. Every fourth slice the sums are added
 // to the total, which keeps the error of long sums near that of a blocked product on a CPU.
 #pragma once
@@ -31,6 +32,17 @@ __global__ void __launch_bounds__(kFloatThreads) gemm_float_kernel(const Product
 
   const auto copy_one = [&](float* to, const Operand<float>& from, int64_t row0, int64_t k0) {
     const bool dense_k = from.k_stride == 1;
+    if (from.vectors && !dense_k) {
+#pragma unroll 1  // unrolled, its addresses spill
+      for (int i = 0; i < kEach / 4; ++i) {
+        const int e = thread() + i * kFloatThreads;
+        const int k = e / (kFloatTile / 4), row = e % (kFloatTile / 4) * 4;
+        const bool there = row0 + row < from.rows && k0 + k < p.K;
+        const float* source = from.data + (k0 + k) * from.k_stride + row0 + row;
+        copy_async<16>(to + k * kFloatLine + row, there ? source : from.data, there);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int e = thread() + i * kFloatThreads;
