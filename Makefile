@@ -19,7 +19,13 @@ SANITIZED := cuda and (odd or fp32_parameters or dropout or decode_padded or smo
 ASAN = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0
 
-.PHONY: demo test test-cuda cuda-host bench build check format clean
+# With a GPU: kernels of this project only, each tensor an allocation of its own, so that what lies
+# beyond one belongs to nobody.
+SANITIZER ?= compute-sanitizer
+CHECKED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --kernel-name kns=4cgpt \
+  --report-api-errors no --error-exitcode 1
+
+.PHONY: demo test test-cuda test-gpu cuda-host bench build check format clean
 
 demo: build
 	$(BIN)/cgpt-kernels demo
@@ -36,6 +42,19 @@ test-cuda: cuda-host
 	  -k "$(SANITIZED)" tests/test_ops.py
 	$(ASAN) CGPT_CUDA_HOST=asan CGPT_CUDA_HOST_SEED=1 $(BIN)/python -m pytest -q \
 	  -k "rule or alignment" tests/test_cuda_decoder.py
+
+# Everything natively, then a case of every kernel's path under each tool of compute-sanitizer.
+test-gpu: .venv/installed
+	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit( \
+	  'make test-gpu: needs an NVIDIA GPU, torch.cuda.is_available() is False here')"
+	$(MAKE) build cuda-host
+	$(BIN)/python -m pytest -q -rs $(BUDGET:%=--ignore %) tests
+	CGPT_CUDA_HOPPER=1 $(BIN)/python -m pytest -q -k cuda tests/test_ops.py tests/test_cuda_gpu.py
+	@command -v $(SANITIZER) > /dev/null || { echo "make test-gpu: $(SANITIZER) is not on PATH: it" \
+	  "comes with the CUDA toolkit; or pip install nvidia-cuda-sanitizer-api, SANITIZER=its path"; \
+	  exit 1; }
+	for tool in memcheck racecheck initcheck synccheck; do $(CHECKED) --tool $$tool \
+	  $(BIN)/python -m pytest -q -k "$(SANITIZED)" tests/test_cuda_gpu.py || exit 1; done
 
 cuda-host: .venv/installed
 	CGPT_CUDA=host $(BIN)/python setup.py --quiet build_ext --inplace
