@@ -1,5 +1,7 @@
 """generate: greedy and sampled text from the reference GPT and from Hugging Face models."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,3 +232,17 @@ def test_drawing_refuses_what_has_no_distribution():
             _C.sample(torch.tensor([[0.0, bad]]), u, tokens, 1.0, 0, 1.0)
     with pytest.raises(ValueError, match="one must be finite"):
         _C.sample(torch.full((1, 3), -float("inf")), u, tokens, 1.0, 0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [1, 7, 16, 1001])  # below, at and beside the width of a vector
+def test_the_greedy_token_is_the_first_largest(V, dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(6, V).to(dtype)
+    logits[1] = logits[1].round()  # ties
+    logits[2] = -logits[2].abs() - 1
+    logits[3, V // 2], logits[3, V - 1] = -math.nan, math.inf
+    logits[4] = -0.0
+    logits[4, V // 3 :] = 0.0
+    logits[5] = -math.inf
+    assert torch.equal(_choose(logits, 0.0, None, None, None), logits.float().argmax(-1))

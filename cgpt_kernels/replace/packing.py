@@ -111,10 +111,11 @@ def current(module: nn.Module, weight: Tensor) -> PackedWeight | None:
 
 
 def state_of(weight: Tensor) -> tuple:
-    """What differs once the weight has changed. The fingerprint, of elements all over the weight,
-    tells changes through .data, which count no version."""
-    seen = _fingerprint(weight) if _fingerprint is not None and weight.is_cpu else None
-    return weight.data_ptr(), weight._version, seen
+    """What differs once the weight has changed. The fingerprint, of the address and of elements all
+    over the weight, tells changes through .data, which count no version."""
+    if _fingerprint is not None and weight.is_cpu:
+        return weight._version, _fingerprint(weight)
+    return weight._version, weight.data_ptr()
 
 
 def _room_for(weight: Tensor) -> bool:

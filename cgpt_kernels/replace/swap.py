@@ -28,6 +28,7 @@ from cgpt_kernels import ops
 from cgpt_kernels.decoder import Projection, kind_for
 from cgpt_kernels.ops.gemm import pack_weight
 from cgpt_kernels.ops.gemm.gemm_cuda import unsupported_packed
+from cgpt_kernels.ops.gemm.packed import gemm as packed_gemm
 from cgpt_kernels.replace.packing import current, given_up, packed
 
 # Weights whose memory an op may read. Subclasses (quantised, sharded) bring their own arithmetic.
@@ -173,6 +174,8 @@ def multiply(
     if dropout_p == 0.0:  # packed copies are for inference
         copy = packed(linear, weight, x, backend)
     if copy is not None:
+        if by.lora is None:
+            return packed_gemm(x, copy, by.bias, residual, activation, "nk", 0.0, None, backend)
         weight, layout = copy, "nk"
     return ops.gemm(
         x,

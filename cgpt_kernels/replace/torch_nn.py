@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cgpt_kernels import ops
-from cgpt_kernels.replace.packing import Packable
+from cgpt_kernels.ops.gemm.packed import gemm as packed_gemm
+from cgpt_kernels.replace.packing import Packable, packed
 from cgpt_kernels.replace.swap import (
     DENSE,
-    Product,
     Replaced,
     dense,
     dropout_probability,
     idle,
-    multiply,
     norm,
     norm_sum,
     plain,
@@ -58,7 +57,10 @@ class FusedLinear(nn.Linear, Packable, Replaced):
         wb = dense(self)
         if wb is None:
             return super().forward(x)
-        return multiply(Product(self, *wb), x, self.kernel_backend)
+        copy = packed(self, wb[0], x, self.kernel_backend)  # multiply, written out
+        if copy is None:
+            return ops.gemm(x, wb[0], wb[1], backend=self.kernel_backend)
+        return packed_gemm(x, copy, wb[1], None, None, "nk", 0.0, None, self.kernel_backend)
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention, Replaced):

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
+#include <limits>
 
 #include "../common/check.h"
 
@@ -32,6 +34,46 @@ void keep_mass(std::vector<Candidate>& c, double mass, float max, float temperat
       before += std::exp((c[sorted].logit - max) / temperature);
     }
   }
+}
+
+// Of the V floats at p whose bits are those of an `Int` each. Bits compare as signed integers once
+// those of a negative number's magnitude are flipped; 16 bytes at a time, on any processor.
+template <class Int>
+int64_t first_largest(const char* p, int64_t V) {
+  constexpr int kLanes = 16 / sizeof(Int);
+  typedef Int Vec __attribute__((vector_size(16)));
+  constexpr Int kMagnitude = std::numeric_limits<Int>::max();
+  constexpr Int kInfinity = static_cast<Int>(kMagnitude - (sizeof(Int) == 2 ? 0x7f : 0x7fffff));
+  const auto key = [](auto bits) {
+    return bits ^ ((bits >> (8 * static_cast<int>(sizeof(Int)) - 1)) & kMagnitude);
+  };
+  const auto bits_at = [&](int64_t i) {
+    Int bits;
+    std::memcpy(&bits, p + i * static_cast<int64_t>(sizeof(Int)), sizeof(bits));
+    return bits;
+  };
+  Int largest = std::numeric_limits<Int>::min(), magnitude = 0;
+  Vec largest_of = Vec{} + largest, magnitude_of{};
+  int64_t i = 0;
+  for (; i + kLanes <= V; i += kLanes) {
+    Vec bits;
+    std::memcpy(&bits, p + i * static_cast<int64_t>(sizeof(Int)), sizeof(bits));
+    const Vec k = key(bits), m = bits & kMagnitude;
+    largest_of = k > largest_of ? k : largest_of;
+    magnitude_of = m > magnitude_of ? m : magnitude_of;
+  }
+  const auto take = [&](Int k, Int m) {
+    largest = std::max(largest, k), magnitude = std::max(magnitude, m);
+  };
+  for (int lane = 0; lane < kLanes; ++lane) take(largest_of[lane], magnitude_of[lane]);
+  for (; i < V; ++i) take(static_cast<Int>(key(bits_at(i))), bits_at(i) & kMagnitude);
+
+  const bool nan = magnitude > kInfinity, zero = largest == 0;  // -0 equals 0
+  for (i = 0; i < V; ++i) {
+    const Int bits = bits_at(i), m = bits & kMagnitude;
+    if (nan ? m > kInfinity : zero ? m == 0 : key(bits) == largest) break;
+  }
+  return i;
 }
 
 }  // namespace
@@ -72,6 +114,14 @@ int64_t sample(const float* logits, int64_t V, const SampleOptions& o, double u)
     if (left < 0.0) return x.token;
   }
   return c.back().token;  // u so close to 1 that rounding passed the end
+}
+
+int64_t argmax(const float* logits, int64_t V) {
+  return first_largest<int32_t>(reinterpret_cast<const char*>(logits), V);
+}
+
+int64_t argmax(const bf16* logits, int64_t V) {
+  return first_largest<int16_t>(reinterpret_cast<const char*>(logits), V);
 }
 
 }  // namespace cgpt

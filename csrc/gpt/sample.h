@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/dtype.h"
+
 namespace cgpt {
 
 struct SampleOptions {
@@ -17,5 +19,10 @@ struct SampleOptions {
 // The token whose share of the cumulative distribution, in order of the token numbers, holds u in
 // [0, 1). Throws std::invalid_argument where a logit is NaN or +infinity, or none is finite.
 int64_t sample(const float* logits, int64_t V, const SampleOptions& options, double u);
+
+// The first token with the largest logit, V >= 1; a NaN is larger than any number, as in
+// torch.argmax.
+int64_t argmax(const float* logits, int64_t V);
+int64_t argmax(const bf16* logits, int64_t V);
 
 }  // namespace cgpt

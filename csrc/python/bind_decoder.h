@@ -44,19 +44,44 @@ void sample_rows(Tensor logits, Tensor u, Tensor tokens, float temperature, int6
                                      {temperature, top_k, top_p}, u.as<const double>()[b]);
 }
 
-// A hash of up to 64 elements spread over a tensor: tells that a weight was changed in bulk.
+// tokens[b] = the first column with the largest logit of row b, as torch.argmax; a NaN is largest.
+void argmax_rows(Tensor logits, Tensor tokens) {
+  const Checker c{"argmax"};
+  c.require(logits && logits.ndim == 2 && logits.shape[1] > 0, "logits must have shape (B, V)");
+  c.dtype("logits", logits, {DType::f32, DType::bf16});
+  c.dense_rows("logits", logits);
+  const int64_t B = logits.shape[0], V = logits.shape[1];
+  c.tensor("tokens", tokens, {B});
+  c.dtype("tokens", tokens, {DType::i64});
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t row = b * logits.strides[0];
+    tokens.as<int64_t>()[b * tokens.strides[0]] = logits.dtype == DType::f32
+                                                      ? argmax(logits.as<const float>() + row, V)
+                                                      : argmax(logits.as<const bf16>() + row, V);
+  }
+}
+
+// A hash of the address and of up to 64 elements spread over a tensor: tells that a weight was
+// changed in bulk.
 uint64_t fingerprint(Tensor t) {
-  const int64_t n = t.numel(), bytes = t.dtype == DType::f32 ? 4 : 2, samples = n < 64 ? n : 64;
   if (!t || t.device != Device::cpu) fail("fingerprint: takes a tensor on cpu");
-  uint64_t hash = 1469598103934665603u;  // FNV-1a
+  const int64_t n = t.numel(), samples = n < 64 ? n : 64;
+  int64_t dense = 1;
+  bool contiguous = true;
+  for (int d = t.ndim - 1; d >= 0; dense *= t.shape[d--])
+    contiguous &= t.shape[d] == 1 || t.strides[d] == dense;
+  uint64_t hash = reinterpret_cast<uintptr_t>(t.data) ^ 1469598103934665603u;  // FNV-1a, by words
+  const int64_t step =
+      samples > 1 ? ((n - 1) << 16) / (samples - 1) : 0;  // a division each is slow
   for (int64_t i = 0; i < samples; ++i) {
-    int64_t index = samples > 1 ? i * (n - 1) / (samples - 1) : 0, offset = 0;
-    for (int d = t.ndim - 1; d >= 0; --d) {
+    int64_t index = i + 1 < samples ? (i * step) >> 16 : n - 1, offset = contiguous ? index : 0;
+    for (int d = contiguous ? -1 : t.ndim - 1; d >= 0; --d) {
       offset += index % t.shape[d] * t.strides[d];
       index /= t.shape[d];
     }
-    for (int64_t b = 0; b < bytes; ++b)
-      hash = (hash ^ t.as<const uint8_t>()[offset * bytes + b]) * 1099511628211u;
+    const uint64_t bits =
+        t.dtype == DType::f32 ? t.as<const uint32_t>()[offset] : t.as<const uint16_t>()[offset];
+    hash = (hash ^ bits) * 1099511628211u;
   }
   return hash;
 }
@@ -68,6 +93,7 @@ inline void bind_decoder(py::module_& m) {
       .def(py::init(&make_decoder))
       .def("step", &decoder_step);
   m.def("sample", &sample_rows);
+  m.def("argmax", &argmax_rows);
   m.def("fingerprint", &fingerprint);
 }
 

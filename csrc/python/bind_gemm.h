@@ -151,25 +151,34 @@ void unpack_weight(Tensor packed, Tensor out, bool weight_kn, const std::string&
 }
 
 // packed_gemm_fwd with scale u v^T; u [..., r], v [N, r].
-void packed_gemm_low_rank_fwd(Tensor x, Tensor packed, int64_t n, int64_t k,
-                              const std::string& format, int64_t group, Tensor bias,
-                              Tensor residual, Tensor y, const std::string& activation, Tensor u,
-                              Tensor v, float scale) {
+py::object packed_gemm_low_rank_fwd(Tensor x, Tensor packed, int64_t n, int64_t k,
+                                    const std::string& format, int64_t group, Tensor bias,
+                                    Tensor residual, py::object out, const std::string& activation,
+                                    Tensor u, Tensor v, float scale) {
+  if (out.is_none()) {
+    if (!x || x.ndim == 0) fail("packed_gemm: x must have shape (..., K)");
+    out = new_empty(x, n);
+  }
+  py::detail::make_caster<BorrowedTensor> caster;
+  caster.load(out, true);
+  const BorrowedTensor& y = caster;
   const PackedWeight weight{weight_format_of(format), n, k, group, packed.data};
   PackedGemmArgs args{rows_of(x),        weight,     bias,
                       rows_of(residual), rows_of(y), activation_of(activation)};
   args.low_rank = {rows_of(u), v, scale};
   packed_gemm_check(args);
   packed_buffer_check({"packed_gemm"}, packed, weight);
-  py::gil_scoped_release release;
+  const ReleaseGil release(args.y.numel() * k);
   packed_gemm_fwd_cpu(args);
+  return out;
 }
 
-void packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::string& format,
-                     int64_t group, Tensor bias, Tensor residual, Tensor y,
-                     const std::string& activation) {
-  packed_gemm_low_rank_fwd(x, packed, n, k, format, group, bias, residual, y, activation, {}, {},
-                           1.0f);
+// y, or a new one [..., N] like x where it is None.
+py::object packed_gemm_fwd(Tensor x, Tensor packed, int64_t n, int64_t k, const std::string& format,
+                           int64_t group, Tensor bias, Tensor residual, py::object out,
+                           const std::string& activation) {
+  return packed_gemm_low_rank_fwd(x, packed, n, k, format, group, bias, residual, std::move(out),
+                                  activation, {}, {}, 1.0f);
 }
 
 }  // namespace

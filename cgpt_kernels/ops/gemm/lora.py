@@ -173,12 +173,10 @@ def _fused(x, weight, bias, residual, activation, kn, u, v, scale, pre=None) -> 
 
 
 def _packed(x, weight, bias, residual, activation, u, v, scale) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], weight.N)
-    _C.packed_gemm_low_rank_fwd(
+    return _C.packed_gemm_low_rank_fwd(
         *(x, weight.data, weight.N, weight.K, weight.format, weight.group or 0),
-        *(bias, residual, y, activation or "none", u, v, scale),
+        *(bias, residual, None, activation or "none", u, v, scale),
     )
-    return y
 
 
 def _down(x: Tensor, A: Tensor) -> Tensor:

@@ -241,20 +241,11 @@ def _check(x, weight, bias, residual, activation):
 
 def _forward(x, weight, bias, residual, activation):
     """y [..., N]."""
-    y = x.new_empty(*x.shape[:-1], weight.N)
-    _C.packed_gemm_fwd(
-        x if x.ndim > 1 else x.unsqueeze(0),
-        weight.data,
-        weight.N,
-        weight.K,
-        weight.format,
-        weight.group or 0,
-        bias,
-        residual if residual is None or residual.ndim > 1 else residual.unsqueeze(0),
-        y if y.ndim > 1 else y.unsqueeze(0),
-        activation or "none",
-    )
-    return y
+    w = weight.data, weight.N, weight.K, weight.format, weight.group or 0
+    if x.ndim > 1:  # the binding allocates y
+        return _C.packed_gemm_fwd(x, *w, bias, residual, None, activation or "none")
+    residual = residual if residual is None else residual.unsqueeze(0)
+    return _C.packed_gemm_fwd(x.unsqueeze(0), *w, bias, residual, None, activation or "none")[0]
 
 
 # ---- torch.ops.cgpt -----------------------------------------------------------------------------

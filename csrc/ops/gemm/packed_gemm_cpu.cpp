@@ -53,7 +53,8 @@ void multiply_part(const Kernel& kernel, const Problem<T, Y>& p, const char* row
                    int64_t i0, int64_t i1, int64_t p0, int64_t p1) {
   const bool few = i1 - i0 <= kFewRows;
   const int64_t fit = kBlockBytes / (kernel.block_bytes() + 1);
-  int64_t block = few || fit < 1 ? 1 : smaller(fit, p1 - p0);
+  int64_t block = smaller(few ? kernel.few_panels(i1 - i0) : fit, p1 - p0);
+  block = block < 1 ? 1 : block;
   block = divide_up(p1 - p0, divide_up(p1 - p0, block));
   const int64_t tile = few ? i1 - i0 : Kernel::kRowTile, ldc = block * kPanelColumns;
   float* c = static_cast<float*>(thread_scratch(kSlotSums, static_cast<size_t>(tile * ldc * 4)));

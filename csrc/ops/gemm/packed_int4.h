@@ -37,6 +37,7 @@ class Int4Kernel {
 
   int64_t row_bytes() const { return stride_; }
   int64_t block_bytes() const { return panel_bytes_; }
+  int64_t few_panels(int64_t) const { return 1; }
 
   template <class T>
   void prepare(const T* x, void* row) const {
