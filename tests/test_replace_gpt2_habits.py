@@ -72,6 +72,15 @@ def test_output_capture():
     close(again.logits, expected.logits)
 
 
+def test_a_bool_mask_under_eager_attention_does_what_it_did():
+    """The "eager" implementation adds any mask of 4 dimensions, 1 where a bool one is True."""
+    model = make(attn_implementation="eager")
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    expected = logits(model, tokens(), attention_mask=mask)
+    ck.replace(model)
+    close(logits(model, tokens(), attention_mask=mask), expected)
+
+
 def test_a_patched_forward_is_left_alone():
     model = make()
     fc = model.transformer.h[0].mlp.c_fc

@@ -63,7 +63,8 @@ def expressible(kind: str | None, mask: Tensor | None, kwargs: dict) -> bool:
     if mask is not None and not (
         type(mask) is Tensor
         and mask.dim() == 4
-        and (mask.dtype is torch.bool or mask.is_floating_point())
+        # "eager" adds whatever it gets: 1 where a bool mask keeps
+        and ((mask.dtype is torch.bool and kind == "sdpa") or mask.is_floating_point())
     ):
         return False
     return _CHANGES_ATTENTION.isdisjoint(kwargs)
