@@ -35,6 +35,8 @@ def read_weights(
 
     Raises ValueError naming the file and what is missing, unexpected or of another shape.
     """
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise ValueError(f"from_pretrained: dtype must be None or a floating one, got {dtype!r}")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(Path(path)):
         try:
@@ -62,6 +64,16 @@ def read_weights(
     if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
         raise ValueError(f"{path}: lm_head.weight differs from wte.weight; only tied heads load")
     return weights
+
+
+def check_folder(command: str, path: str | os.PathLike) -> None:
+    """ValueError where a command's --out cannot become a folder: before its work, not after."""
+    folder = Path(path).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{command}: --out must be a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{command}: --out must be writable, {there} is not")
 
 
 def write(path: str | os.PathLike, config: dict, weights: dict[str, Tensor]) -> None:

@@ -174,8 +174,12 @@ def generate_command(
     from .train.data import read_tokenizer
 
     checks.is_choice("generate", "--backend", backend, ("auto", *BACKENDS))
-    if prompt == "-":
-        prompt = sys.stdin.read().rstrip("\n")
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.read().rstrip("\n")
+        prompt.encode()
+    except UnicodeError:
+        raise ValueError("generate: --prompt must be UTF-8 text") from None
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
     wanted = dtype and timing.dtype_named(dtype.value)
     if wanted is None and device == "cpu":
@@ -257,15 +261,16 @@ def quantize_command(
     """
     import shutil
 
-    from . import quantize, timing
+    from . import checkpoint, quantize, timing
     from .gpt import GPT
     from .train.data import read_tokenizer
 
     folder = _model_folder(model)
     if out.resolve() == folder.resolve():
         raise ValueError(f"quantize: --out must not be the model's own folder, got {out}")
+    checkpoint.check_folder("quantize", out)
     tokenizer = read_tokenizer(folder, "quantize")
-    texts = [file.read_text(encoding="utf-8") for file in text or ()]
+    texts = [quantize.read_text(file) for file in text or ()]
     console = _console()
     with console.status("reading the model"):
         kept = dtype and timing.dtype_named(dtype.value)
@@ -560,9 +565,14 @@ def _load(folder: Path, dtype, device: str):
         )
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", local_files_only=True
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
     )
+    if found["missing_keys"]:  # transformers draws them at random and only warns
+        raise ValueError(
+            f"generate: {folder} lacks {min(found['missing_keys'])} and perhaps more of a {kind!r} "
+            "model: its config.json and its weights belong to different models"
+        )
     return model.eval().to(device)
 
 

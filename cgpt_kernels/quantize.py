@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,9 +57,21 @@ def held_out_text(characters: int = 60_000) -> list[str]:
     return texts
 
 
+def read_text(file: Path) -> str:
+    """The text of a file to measure on; ValueError where it holds none."""
+    try:
+        found = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"quantize: {file} must be UTF-8: {error}") from None
+    if not found.strip():
+        raise ValueError(f"quantize: {file} must hold text, got an empty file")
+    return found
+
+
 def measure(model: GPT, quantize: str, ids: np.ndarray | Tensor) -> Report:
     """What quantizing the projections of `model` does; the model is as it was afterwards."""
     checks.is_choice("quantize", "format", quantize, QUANTIZED)
+    _is_gpt(model)
     loss = loss_of(model, ids)
     weights = {id(m.weight): m.weight.nbytes for m in model.modules() if type(m) is nn.Linear}
     with replace(model, quantize=quantize) as replacement:
@@ -70,8 +83,7 @@ def measure(model: GPT, quantize: str, ids: np.ndarray | Tensor) -> Report:
 def save(model: GPT, path: str | os.PathLike, quantize: str) -> None:
     """Write `model`, a `GPT` with all its weights, quantized; each file is replaced atomically."""
     checks.is_choice("quantize", "format", quantize, QUANTIZED)
-    if not isinstance(model, GPT):
-        raise TypeError(f"quantize: model must be a cgpt_kernels.GPT, got {type(model).__name__}")
+    _is_gpt(model)
     with replace(model, quantize=quantize):
         tied, tensors, formats = packing.tied(model), model.state_dict(), {}
         for name, module in model.named_modules():
@@ -86,6 +98,11 @@ def save(model: GPT, path: str | os.PathLike, quantize: str) -> None:
     about = {"quant_method": METHOD, "quantize": quantize, "weights": formats}
     config = model.config.to_dict() | {"dtype": dtype, "quantization_config": about}
     checkpoint.write(path, config, tensors)
+
+
+def _is_gpt(model) -> None:
+    if not isinstance(model, GPT):
+        raise TypeError(f"quantize: model must be a cgpt_kernels.GPT, got {type(model).__name__}")
 
 
 def is_quantized(path: str | os.PathLike) -> bool:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: text, exit codes, one-line errors. Models are tiny."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -178,6 +179,39 @@ def test_errors_are_one_line_with_the_way_out(folder, tmp_path):
     assert "--wrong" in fails("doctor", "--wrong")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     assert "tokenizer.json" in fails(*generate, tmp_path)
+
+
+def test_files_that_are_not_what_they_should_be_are_named(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").write_text("{}")
+    text, bytes_, out = (tmp_path / n for n in ("empty.txt", "bytes.txt", "out"))
+    text.write_text(" \n"), bytes_.write_bytes(b"\xff\xfe")
+    generate = ("generate", "--prompt", "a", "--model")
+    assert "tokenizer.json is not a readable tokenizer" in fails(*generate, broken)
+    assert "UTF-8 text" in fails("generate", "--model", folder, "--prompt", "\udcff")
+    assert "UTF-8 text" in fails("generate", "--model", folder, "--prompt", "-", stdin=b"\xff")
+    quantize = ("quantize", "--model", folder, "--out")
+    assert "empty.txt must hold text" in fails(*quantize, out, "--text", text)
+    assert "bytes.txt must be UTF-8" in fails(*quantize, out, "--text", bytes_)
+    for command in ("quantize", "prune"):
+        message = fails(command, "--model", folder, "--out", text / "deep")
+        assert f"{command}: --out must be a folder" in message and "empty.txt is a file" in message
+    assert not out.exists()
+    assert "holds no run" in fails("train", "--out", out, "--resume")
+
+
+def test_weights_of_another_model_are_refused(folder, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "gpt_neox", "vocab_size": 256, "intermediate_size": 64, **small}
+    (other / "config.json").write_text(json.dumps(config))
+    result = run("generate", "--prompt", "a", "--model", other)
+    assert result.exit_code == 2 and result.stdout == ""
+    message = result.stderr.splitlines()[-1]  # transformers' progress stands before it
+    assert message.startswith("cgpt-kernels: ") and "lacks gpt_neox.embed_in.weight" in message
 
 
 def test_a_named_backend_that_cannot_run_says_why(folder):

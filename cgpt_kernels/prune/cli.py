@@ -33,7 +33,7 @@ def prune_command(
     """
     from rich.console import Console
 
-    from .. import quantize
+    from .. import checkpoint, quantize
     from ..assets import TINY
     from ..assets.train_tiny import documents
     from ..gpt import GPT
@@ -44,6 +44,7 @@ def prune_command(
     folder = TINY if model == "tiny" else Path(model)
     if out.resolve() == folder.resolve():
         raise ValueError(f"prune: --out must not be the model's own folder, got {out}")
+    checkpoint.check_folder("prune", out)
     tokenizer = read_tokenizer(folder, "prune")
     loaded = GPT.from_pretrained(folder)
     console = Console()

@@ -161,7 +161,8 @@ def train_command(
         settings = dataclasses.replace(before, **{n: told[n] for n in told if n in given})
     else:
         if not data:
-            raise ValueError("train: name text to train on: files, folders or patterns")
+            none = f"{out} holds no run to go on with; " if resume else ""
+            raise ValueError(f"train: {none}name text to train on: files, folders or patterns")
         settings = Settings(**told)
     result = loop.run(settings, resume=resume, console=_console())
     measured = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"

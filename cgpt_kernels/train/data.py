@@ -131,13 +131,16 @@ def read_tokenizer(path: str | os.PathLike, command: str = "train"):
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     path = Path(path)
-    if path.is_file():
-        return Tokenizer.from_file(str(path))
-    if (path / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(path / "tokenizer.json"))
+    file = path if path.is_file() else path / "tokenizer.json"
     vocab, merges = path / "vocab.json", path / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return ByteLevelBPETokenizer(str(vocab), str(merges))
+    try:
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+        if vocab.is_file() and merges.is_file():
+            file = vocab
+            return ByteLevelBPETokenizer(str(vocab), str(merges))
+    except Exception as error:  # tokenizers has no class of its own for this
+        raise ValueError(f"{command}: {file} is not a readable tokenizer: {error}") from None
     raise ValueError(
         f"{command}: {path} has no tokenizer.json (nor vocab.json and merges.txt): copy the "
         "model's tokenizer files there"
