@@ -295,10 +295,13 @@ def explain(op: str | Callable, *tensors: torch.Tensor | None) -> Explanation:
         op: the op's name or the function itself, e.g. "gemm" or ck.ops.gemm.
         tensors: the call's tensors in the order of its signature.
     """
-    name = op if isinstance(op, str) else op.__name__
+    name = op if isinstance(op, str) else getattr(op, "__name__", op)
     checks.is_choice("explain", "op", name, tuple(OPS))
     if not tensors:
         raise ValueError(f"explain: pass the tensors of the call, {OPS[name].first} first")
+    for i, t in enumerate(tensors):
+        if not hasattr(t, "shape") and (t is not None or i == 0):
+            checks.is_tensor("explain", f"tensors[{i}]", t, optional=i > 0)
     tensors = tuple(t if t is None else torch.as_tensor(t) for t in tensors)
     chosen = resolve(name, "auto", tensors)
     rows = []

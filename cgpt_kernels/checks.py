@@ -22,11 +22,14 @@ def one_of(names) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def is_tensor(op: str, name: str, value, *, optional: bool = False) -> None:
-    """Raise TypeError unless value is a torch.Tensor (or None where optional)."""
+def is_tensor(op: str, name: str, value, *, optional: bool = False, numpy: bool = True) -> None:
+    """Raise TypeError unless value is a torch.Tensor (or None where optional).
+
+    numpy: whether the caller turns NumPy arrays into tensors, for the message.
+    """
     if isinstance(value, torch.Tensor) or (optional and value is None):
         return
-    wanted = "a torch.Tensor or a NumPy array" + (" or None" if optional else "")
+    wanted = "a torch.Tensor" + " or a NumPy array" * numpy + " or None" * optional
     raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
 
 
@@ -80,11 +83,21 @@ def same_device(op: str, first: str, tensors: dict[str, torch.Tensor | None]) ->
 
 
 def strided(op: str, tensors: dict[str, torch.Tensor | None]) -> None:
-    """Raise TypeError for sparse and other layouts without strides."""
+    """Raise TypeError for nested, sparse and other layouts without strides."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.layout is not torch.strided:
-            layout = str(tensor.layout).removeprefix("torch.")
+        if tensor is not None and (tensor.is_nested or tensor.layout is not torch.strided):
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {layout}")
+
+
+def is_number(op: str, name: str, value, *, optional: bool = False) -> None:
+    """Raise TypeError unless value is a number, or something that turns into one (or None where
+    optional)."""
+    if isinstance(value, (float, int)) or (optional and value is None):
+        return
+    if not hasattr(value, "__float__"):
+        wanted = "a number" + (" or None" if optional else "")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {value!r}")
 
 
 def is_choice(op: str, name: str, value, allowed) -> None:

@@ -56,13 +56,13 @@ def generate(
     Returns int64 [B, S + n], n <= max_new_tokens: shorter only when every sequence has ended.
     """
     run = _adapter(model, use_cache, kv_cache)
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    _check_sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_token_id)
     _check_prompt(input_ids, attention_mask, max_new_tokens, run.vocab_size, run.n_positions)
     device = input_ids.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     ends = None
     if eos_token_id is not None:
-        ends = torch.tensor(eos_token_id, device=device).reshape(-1)
+        ends = torch.as_tensor(eos_token_id, device=device).reshape(-1)
 
     B, S = input_ids.shape
     total = S + max_new_tokens
@@ -237,7 +237,17 @@ def _choose(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tens
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
+def _check_sampling(max_new_tokens, temperature, top_k, top_p, seed, eos_token_id) -> None:
+    ends = eos_token_id if isinstance(eos_token_id, Sequence) else (eos_token_id,)
+    if not ends or not all(hasattr(end, "__index__") for end in ends if eos_token_id is not None):
+        raise TypeError(
+            f"generate: eos_token_id must be an int, several or None, got {eos_token_id!r}"
+        )
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("seed", seed)):
+        if not (hasattr(value, "__index__") or (value is None and name != "max_new_tokens")):
+            raise TypeError(f"generate: {name} must be an int, got {value!r}")
+    checks.is_number("generate", "temperature", temperature)
+    checks.is_number("generate", "top_p", top_p, optional=True)
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:
@@ -246,11 +256,21 @@ def _check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
         raise ValueError(f"generate: top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must lie in (0, 1], got {top_p}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"generate: seed must lie in [-2^63, 2^63), got {seed}")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError("generate: top_k and top_p need temperature > 0 (0 is greedy)")
 
 
 def _check_prompt(input_ids, attention_mask, max_new_tokens, vocab_size, n_positions) -> None:
+    checks.is_tensor("generate", "input_ids", input_ids, numpy=False)
+    checks.is_tensor("generate", "attention_mask", attention_mask, optional=True, numpy=False)
+    checks.has_dtype("generate", "input_ids", input_ids, torch.int64, torch.int32)
+    checks.same_device(
+        "generate", "input_ids", {"input_ids": input_ids, "attention_mask": attention_mask}
+    )
+    if input_ids.is_meta:
+        raise ValueError("generate: input_ids must hold tokens, got a tensor on device 'meta'")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(
             f"generate: input_ids must be [B, S], neither empty, got {tuple(input_ids.shape)}"

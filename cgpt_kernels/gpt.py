@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, checks
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -47,6 +47,10 @@ _GPT2 = {
     "gpt2-large": (36, 1280, 20),
     "gpt2-xl": (48, 1600, 25),
 }
+
+
+_PROBABILITIES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+_SCALES = ("mup_embeddings_scale", "mup_width_scale", "mup_output_alpha")
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,27 @@ class GPTConfig:
             object.__setattr__(self, "n_inner", 4 * self.n_embd)
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"GPTConfig: {name} must be a positive integer, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"GPTConfig: n_embd must be a multiple of n_head, got n_embd {self.n_embd} "
                 f"and n_head {self.n_head}"
             )
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        for name, fits, wanted in (
+            *((n, lambda p: 0 <= p < 1, "in [0, 1)") for n in _PROBABILITIES),
+            ("layer_norm_epsilon", lambda e: e > 0, "a positive number"),
+            ("initializer_range", lambda s: s >= 0, "a number of at least 0"),
+            *((n, lambda s: s > 0, "a positive number") for n in _SCALES),
+        ):
             value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"GPTConfig: {name} must be in [0, 1), got {value!r}")
+            if not isinstance(value, (int, float)) or not fits(value) or value == math.inf:
+                raise ValueError(f"GPTConfig: {name} must be {wanted}, got {value!r}")
+        if not isinstance(self.mup_scale_qk_dot_by_d, bool):
+            raise ValueError(
+                "GPTConfig: mup_scale_qk_dot_by_d must be True or False, got "
+                f"{self.mup_scale_qk_dot_by_d!r}"
+            )
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
                 f"GPTConfig: activation_function must be one of {', '.join(ACTIVATIONS)}, "
@@ -134,7 +148,7 @@ class GPTConfig:
     @classmethod
     def from_name(cls, name: str) -> GPTConfig:
         """A published configuration, e.g. "cerebras-gpt-111m", "cerebras-gpt-111m-mup", "gpt2"."""
-        key = name.lower()
+        key = str(name).lower()
         if key not in cls.names():
             raise ValueError(f"GPTConfig: unknown name {name!r}. Known: {', '.join(cls.names())}")
         end_of_text = {"bos_token_id": 50256, "eos_token_id": 50256}
@@ -297,6 +311,11 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if not isinstance(config, GPTConfig):
+            raise TypeError(
+                f"GPT: config must be a GPTConfig, got {type(config).__name__}; "
+                "GPTConfig.from_name makes a published one, GPT.from_pretrained reads a folder"
+            )
         self.config = config
         self.transformer = nn.ModuleDict(
             {
@@ -340,8 +359,8 @@ class GPT(nn.Module):
 
         rows: wte(input_ids) where the caller has looked them up.
         """
+        self._check_inputs(input_ids, attention_mask, position_ids, cache)
         past = 0 if cache is None else cache.length
-        self._check_inputs(input_ids, attention_mask, past, cache)
         S = input_ids.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + S, device=input_ids.device)
@@ -379,6 +398,8 @@ class GPT(nn.Module):
         targets: int64 [B, S], targets[b, s] follows input_ids[b, s]; -100 is left out. The result
             is then the mean cross-entropy in nats, fp32.
         """
+        if targets is not None:  # before anything is computed
+            self._check_inputs(input_ids, attention_mask, position_ids, cache, targets)
         x = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         if targets is not None:
             return self.loss(x, targets)
@@ -390,7 +411,11 @@ class GPT(nn.Module):
         logits = self.lm_head(x).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
-    def _check_inputs(self, input_ids, attention_mask, past, cache):
+    def _check_inputs(self, input_ids, attention_mask, position_ids, cache, targets=None):
+        past = 0 if cache is None else cache.length
+        checks.is_tensor("GPT", "input_ids", input_ids, numpy=False)
+        checks.is_tensor("GPT", "attention_mask", attention_mask, optional=True, numpy=False)
+        checks.has_dtype("GPT", "input_ids", input_ids, torch.int64, torch.int32)
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"GPT: input_ids must be [B, S] with S >= 1, got {tuple(input_ids.shape)}"
@@ -409,9 +434,26 @@ class GPT(nn.Module):
                 f"GPT: attention_mask must have shape {(B, past + S)} = (B, T), "
                 f"got {tuple(attention_mask.shape)}"
             )
-        # Reading the ids back would stall a GPU's stream and break a compiled graph.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Reading them back would stall a GPU's stream and break a compiled graph.
+        readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable:
             check_token_ids(input_ids, self.config.vocab_size)
+        if targets is not None:
+            checks.is_tensor("GPT", "targets", targets, numpy=False)
+            checks.has_dtype("GPT", "targets", targets, torch.int64)
+            checks.has_shape("GPT", "targets", targets, (B, S), "(B, S)")
+        if position_ids is None:
+            return
+        checks.is_tensor("GPT", "position_ids", position_ids, numpy=False)
+        checks.has_dtype("GPT", "position_ids", position_ids, torch.int64, torch.int32)
+        checks.broadcasts_to("GPT", "position_ids", position_ids, (B, S), "(B, S)")
+        if readable and position_ids.is_cpu and position_ids.numel():
+            low, high = (int(end) for end in torch.aminmax(position_ids))
+            if low < 0 or high >= self.config.n_positions:
+                raise ValueError(
+                    f"GPT: position_ids must lie in [0, {self.config.n_positions}) = n_positions, "
+                    f"got {low if low < 0 else high}"
+                )
 
     def optimizer_groups(self, lr: float, weight_decay: float = 0.1) -> list[dict]:
         """Parameter groups for AdamW: matrices decay, vectors do not; muP hidden lr x 256 / C."""

@@ -118,8 +118,10 @@ def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ..
 
 
 def _from_numpy(op: str, array: np.ndarray) -> Tensor:
-    if any(s < 0 for s in array.strides):
-        array = np.ascontiguousarray(array)  # torch has no negative strides
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(s < 0 or s % max(array.itemsize, 1) for s in array.strides):
+        array = np.ascontiguousarray(array)  # torch counts strides in elements, none negative
     with warnings.catch_warnings():
         # A read-only array is fine: kernels write to fresh tensors only.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -132,10 +134,17 @@ def _from_numpy(op: str, array: np.ndarray) -> Tensor:
             ) from None
 
 
+def any_numpy(*tensors) -> bool:
+    """Whether one of a call's tensors is NumPy's."""
+    return any(type(t).__module__ == "numpy" for t in tensors)
+
+
 def with_numpy(function: Callable, *args, **options):
     """function with NumPy arrays among args and options read in place, results as NumPy arrays."""
 
     def convert(value):
+        if isinstance(value, tuple):
+            return tuple(map(convert, value))
         return _from_numpy(function.__name__, value) if isinstance(value, np.ndarray) else value
 
     with torch.no_grad():

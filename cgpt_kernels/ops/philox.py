@@ -61,6 +61,7 @@ def keep_mask(start: int, count: int, dropout_p: float, seed: int | Tensor, devi
 
 def check_dropout(op: str, dropout_p: float, seed: int | None) -> None:
     """Raise unless dropout_p lies in [0, 1) and seed is None or an int in [0, 2^63)."""
+    checks.is_number(op, "dropout_p", dropout_p)
     checks.in_range(op, "dropout_p", dropout_p, 0.0 <= dropout_p < 1.0, "in [0, 1)")
     if seed is not None:
         if not isinstance(seed, int):

@@ -121,6 +121,7 @@ def replace(
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
     checks.is_choice("replace", "quantize", quantize, (None, *QUANTIZED))
+    checks.is_choice("replace", "keep_original", keep_original, (True, False))
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(map(str, _DTYPES))
         raise ValueError(f"replace: dtype must be None or one of {names}, got {dtype!r}")

@@ -87,7 +87,7 @@ class FusedGPT(GPT, Replaced):
         wb = None if targets is None else readable_head(self)
         if wb is None:
             return super().forward(input_ids, targets=targets, last_only=last_only, **given)
-        self._check_inputs(input_ids, attention_mask, 0 if cache is None else cache.length, cache)
+        self._check_inputs(input_ids, attention_mask, position_ids, cache, targets)
         weight, bias = wb
         rows, weight = look_up(self.transformer["wte"], input_ids, weight) or (None, weight)
         x = self.hidden_states(input_ids, rows=rows, **given)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from cgpt_kernels import ops
+from cgpt_kernels import checks, ops
 from cgpt_kernels.ops.gemm.packed import gemm as packed_gemm
 from cgpt_kernels.replace.packing import Packable, packed
 from cgpt_kernels.replace.swap import (
@@ -40,7 +40,7 @@ class FusedLayerNorm(nn.LayerNorm, Replaced):
 
     def forward(self, x: Tensor) -> Tensor:
         wb = dense(self)
-        if wb is None:
+        if wb is None or x.is_nested:
             return super().forward(x)
         return ops.layer_norm(x, wb[0], wb[1], eps=self.eps, backend=self.kernel_backend)
 
@@ -51,11 +51,14 @@ class FusedLinear(nn.Linear, Packable, Replaced):
 
     @classmethod
     def unsuitable(cls, module):
-        return None if dense(module) else f"its weight is a {type(module.weight).__name__}"
+        if not dense(module):
+            return f"its weight is a {type(module.weight).__name__}"
+        dtype = module.weight.dtype
+        return None if dtype in checks.FLOATING else f"its weight is {checks.name_of(dtype)}"
 
     def forward(self, x: Tensor) -> Tensor:
         wb = dense(self)
-        if wb is None:
+        if wb is None or x.is_nested:
             return super().forward(x)
         copy = packed(self, wb[0], x, self.kernel_backend)  # multiply, written out
         if copy is None:

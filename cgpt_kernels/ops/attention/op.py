@@ -13,6 +13,7 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     REFUSALS,
+    any_numpy,
     autocast_dtype,
     cast,
     choose,
@@ -21,6 +22,7 @@ from ..dispatch import (
     undisturbed,
     with_numpy,
 )
+from ..philox import SEED_END, check_dropout
 from . import reference
 from .backward import attention_bwd, like
 
@@ -28,7 +30,6 @@ ATTENTION = backends.Op("attention", "attention", "attention_fwd", first="q")
 
 _lean = backends.lean_kernels("attention")
 _empty_like = torch.empty_like  # the look-up in torch's namespace costs 0.1 us a call
-_SEED_END = 2**63
 
 
 def attention(
@@ -123,7 +124,7 @@ def _no_alibi_grad(alibi_slopes):
         )
 
 
-def _check(q, k, v, key_padding_mask, attn_bias, alibi_slopes, dropout_p, seed):
+def _check(q, k, v, causal, key_padding_mask, attn_bias, alibi_slopes, scale, dropout_p, seed):
     op = "attention"
     for name, value in (("q", q), ("k", k), ("v", v)):
         checks.is_tensor(op, name, value)
@@ -160,11 +161,9 @@ def _check(q, k, v, key_padding_mask, attn_bias, alibi_slopes, dropout_p, seed):
         checks.has_shape(op, "alibi_slopes", alibi_slopes, (H,), "(H,)")
         _no_alibi_grad(alibi_slopes)
     checks.same_device(op, "q", given)
-    checks.in_range(op, "dropout_p", dropout_p, 0.0 <= dropout_p < 1.0, "in [0, 1)")
-    if seed is not None:
-        if not isinstance(seed, int):
-            raise TypeError(f"{op}: seed must be an int or None, got {type(seed).__name__}")
-        checks.in_range(op, "seed", seed, 0 <= seed < _SEED_END, "in [0, 2^63)")
+    checks.is_choice(op, "causal", causal, (True, False))
+    checks.is_number(op, "scale", scale, optional=True)
+    check_dropout(op, dropout_p, seed)
 
 
 def _general(
@@ -172,7 +171,7 @@ def _general(
 ):
     """The way for dropout and for everything but plain tensors in plain eager on the CPU."""
     tensors = (q, k, v, key_padding_mask, attn_bias, alibi_slopes)
-    if any(type(t).__module__ == "numpy" for t in tensors):
+    if any_numpy(*tensors):
         return with_numpy(
             attention,
             q,
@@ -189,7 +188,7 @@ def _general(
         )
     if isinstance(q, Tensor) and autocast_dtype(q.device.type) is not None:
         q, k, v, attn_bias = _autocast(q.device.type, q, k, v, attn_bias)
-    _check(q, k, v, key_padding_mask, attn_bias, alibi_slopes, dropout_p, seed)
+    _check(q, k, v, causal, key_padding_mask, attn_bias, alibi_slopes, scale, dropout_p, seed)
     chosen = choose("attention", backend, (q, k, v, key_padding_mask, attn_bias, alibi_slopes))
     if scale is None:
         scale = max(q.shape[3], 1) ** -0.5
@@ -197,7 +196,7 @@ def _general(
         seed = None  # nothing is drawn, and torch's generator stays where it is
     elif seed is None:
         # A tensor, so that a compiled graph draws anew at each call.
-        seed = torch.randint(_SEED_END - 1, (), dtype=torch.int64)
+        seed = torch.randint(SEED_END - 1, (), dtype=torch.int64)
     else:
         seed = torch.tensor(seed, dtype=torch.int64)
     masks = (key_padding_mask, attn_bias, alibi_slopes)

@@ -13,6 +13,7 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     REFUSALS,
+    any_numpy,
     as_rows,
     autocast_dtype,
     cast,
@@ -101,7 +102,7 @@ def linear_cross_entropy(
     return _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, backend)
 
 
-def _check(x, weight, target, bias, reduction, label_smoothing):
+def _check(x, weight, target, bias, ignore_index, reduction, label_smoothing):
     op = "linear_cross_entropy"
     checks.is_tensor(op, "x", x)
     checks.is_tensor(op, "weight", weight)
@@ -110,6 +111,9 @@ def _check(x, weight, target, bias, reduction, label_smoothing):
     given = {"x": x, "weight": weight, "target": target, "bias": bias}
     checks.strided(op, given)
     checks.is_choice(op, "reduction", reduction, reference.REDUCTIONS)
+    if not isinstance(ignore_index, int) or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"{op}: ignore_index must be an int in 64 bits, got {ignore_index!r}")
+    checks.is_number(op, "label_smoothing", label_smoothing)
     in_unit = 0.0 <= label_smoothing <= 1.0
     checks.in_range(op, "label_smoothing", label_smoothing, in_unit, "in [0, 1]")
     checks.has_dtype(op, "x", x, *checks.FLOATING)
@@ -130,7 +134,7 @@ def _check(x, weight, target, bias, reduction, label_smoothing):
 
 def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, backend):
     """The way for everything but plain tensors in plain eager on the CPU."""
-    if any(type(t).__module__ == "numpy" for t in (x, weight, target, bias)):
+    if any_numpy(x, weight, target, bias):
         return with_numpy(
             linear_cross_entropy,
             x,
@@ -156,7 +160,7 @@ def _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, 
                 label_smoothing=label_smoothing,
                 backend=backend,
             )
-    _check(x, weight, target, bias, reduction, label_smoothing)
+    _check(x, weight, target, bias, ignore_index, reduction, label_smoothing)
     chosen = choose("linear_cross_entropy", backend, (x, weight, target, bias))
     if chosen == "eager":
         rows = reference.linear_cross_entropy_rows(

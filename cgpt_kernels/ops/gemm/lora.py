@@ -89,12 +89,13 @@ def _parts(lora) -> tuple[Tensor, Tensor, float, Tensor | None]:
     return lora if len(lora) == 4 else (*lora, None)
 
 
-def _check(x, weight, A, B, x_low, weight_layout) -> None:
+def _check(x, weight, A, B, scale, x_low, weight_layout) -> None:
     """Shapes and dtypes of the low-rank part; the rest is the product's to check."""
     op = "gemm"
     checks.is_tensor(op, "A of lora", A)
     checks.is_tensor(op, "B of lora", B)
     checks.is_tensor(op, "x' of lora", x_low, optional=True)
+    checks.is_number(op, "scale of lora", scale)
     K = x.shape[-1]
     N = weight.shape[1 if weight_layout == "kn" and isinstance(weight, Tensor) else 0]
     checks.has_rank(op, "A of lora", A, 2, "(r, K)")
@@ -138,7 +139,7 @@ def _general(
             )
         return y if late is None else y + late
     checks.is_tensor("gemm", "x", x)
-    _check(x, weight, A, B, x_low, weight_layout)
+    _check(x, weight, A, B, scale, x_low, weight_layout)
     packed = isinstance(weight, PackedWeight)
     chosen = choose("gemm", backend, (x, weight.data if packed else weight, bias, residual, A, B))
     if chosen == "eager":

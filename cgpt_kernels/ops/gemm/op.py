@@ -16,6 +16,7 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     REFUSALS,
+    any_numpy,
     as_rows,
     autocast_dtype,
     cast,
@@ -78,6 +79,20 @@ def gemm(
     if lora is not None:
         options = activation, weight_layout, backend, lora
         check_dropout("gemm", dropout_p, seed)
+        if any_numpy(x, weight, bias, residual):
+            return with_numpy(
+                gemm,
+                x,
+                weight,
+                bias,
+                activation=activation,
+                residual=residual,
+                lora=lora,
+                weight_layout=weight_layout,
+                dropout_p=dropout_p,
+                seed=seed,
+                backend=backend,
+            )
         if dropout_p == 0.0:
             return low_rank.gemm(gemm, x, weight, bias, residual, *options)
         y = low_rank.gemm(gemm, x, weight, bias, None, *options)
@@ -153,7 +168,7 @@ def _check(x, weight, bias, residual, activation, weight_layout, dropout_p, seed
 
 def _general(x, weight, bias, residual, activation, weight_layout, dropout_p, seed, backend):
     """The way for everything but plain tensors in plain eager on the CPU."""
-    if any(type(t).__module__ == "numpy" for t in (x, weight, bias, residual)):
+    if any_numpy(x, weight, bias, residual):
         return with_numpy(
             gemm,
             x,

@@ -15,6 +15,7 @@ from ... import backends, checks
 from ..dispatch import (
     PLAIN,
     REFUSALS,
+    any_numpy,
     as_rows,
     autocast_dtype,
     cast,
@@ -123,7 +124,7 @@ def add_layer_norm(
     return _general("add_layer_norm", x, residual, weight, bias, eps, backend)
 
 
-def _check(op, x, residual, weight, bias):
+def _check(op, x, residual, weight, bias, eps):
     for name, value in (("x", x), ("weight", weight)):
         checks.is_tensor(op, name, value)
     if op == "add_layer_norm":
@@ -131,6 +132,7 @@ def _check(op, x, residual, weight, bias):
     checks.is_tensor(op, "bias", bias, optional=True)
     given = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     checks.strided(op, given)
+    checks.is_number(op, "eps", eps)
     checks.has_dtype(op, "x", x, *checks.FLOATING)
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least 1 dimension (..., C), got shape ()")
@@ -150,11 +152,11 @@ def _general(op, x, residual, weight, bias, eps, backend):
     """The way for everything but plain tensors in plain eager on the CPU."""
     function = layer_norm if residual is None else add_layer_norm
     tensors = (x, weight, bias) if op == "layer_norm" else (x, residual, weight, bias)
-    if any(type(t).__module__ == "numpy" for t in tensors):
+    if any_numpy(*tensors):
         return with_numpy(function, *tensors, eps=eps, backend=backend)
     if isinstance(x, Tensor) and autocast_dtype(x.device.type) is not None:
         x, residual = _autocast(x.device.type, x, residual)
-    _check(op, x, residual, weight, bias)
+    _check(op, x, residual, weight, bias, eps)
     tensors = (x, weight, bias) if residual is None else (x, residual, weight, bias)
     chosen = choose(op, backend, tensors)
     if residual is None:
