@@ -1,4 +1,5 @@
-"""Hugging Face GPT-2 checkpoint folders: config.json and safetensors, read and written.
+"""Hugging Face GPT-2 checkpoint folders: config.json and safetensors, read and written; older
+folders' pytorch_model.bin is read too.
 
 GPT-2 stores its projections as Conv1D, [in, out]; the tensors given and taken here are nn.Linear's,
 [out, in], under the names of `GPT.state_dict()`.
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,12 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def read_config(path: str | os.PathLike) -> tuple[dict, str]:
     """The contents of the folder's config.json, and that file's name for messages."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"GPT.from_pretrained: {path} is not a folder with a config.json")
+        raise ValueError(
+            f"GPT.from_pretrained: {path} is not a folder with a config.json (nothing is "
+            "downloaded: `hf download REPO --local-dir DIR` fetches a model)"
+        )
     return _read_json(file), str(file)
 
 
@@ -39,24 +46,22 @@ def read_weights(
         raise ValueError(f"from_pretrained: dtype must be None or a floating one, got {dtype!r}")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(Path(path)):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for key in tensors.keys():
-                    name = _name(key)
-                    if name is None:
-                        continue
-                    if name not in expected:
-                        raise ValueError(f"{file}: config.json has no place for tensor {key!r}")
-                    t = tensors.get_tensor(key)
-                    shape = expected[name][::-1] if _is_conv1d(name) else expected[name]
-                    if tuple(t.shape) != shape:
-                        raise ValueError(
-                            f"{file}: {key} must have shape {shape}, got {tuple(t.shape)}"
-                        )
-                    kept = dtype if dtype and t.is_floating_point() else t.dtype
-                    weights[name] = (t.t() if _is_conv1d(name) else t).to(kept).contiguous()
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+        for key, t in _tensors(file, device):
+            name = _name(key)
+            if name is None:
+                continue
+            if name not in expected:
+                raise ValueError(f"{file}: config.json has no place for tensor {key!r}")
+            shape = expected[name][::-1] if _is_conv1d(name) else expected[name]
+            if tuple(t.shape) != shape:
+                raise ValueError(f"{file}: {key} must have shape {shape}, got {tuple(t.shape)}")
+            if t.dtype not in _DTYPES and not name.endswith(".packed"):
+                raise ValueError(
+                    f"{file}: {key} must be in fp32, bf16, fp16 or fp64, got {t.dtype}; quantized "
+                    "weights are dequantized by what made them"
+                )
+            kept = dtype if dtype and t.is_floating_point() else t.dtype
+            weights[name] = (t.t() if _is_conv1d(name) else t).to(kept).contiguous()
     head = weights.pop("lm_head.weight", None)
     missing = [n for n in expected if n not in weights and n != "lm_head.weight"]
     if missing:
@@ -64,6 +69,26 @@ def read_weights(
     if head is not None and not torch.equal(head, weights["transformer.wte.weight"]):
         raise ValueError(f"{path}: lm_head.weight differs from wte.weight; only tied heads load")
     return weights
+
+
+def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(name as stored, tensor) of each tensor in a safetensors file or one of torch.save."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for key in tensors.keys():
+                    yield key, tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
+        return
+    try:
+        stored = torch.load(file, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = (str(error).splitlines() or ["cut short"])[0]
+        raise ValueError(f"{file}: not a readable file of weights: {first}") from None
+    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
+        raise ValueError(f"{file}: must hold a state_dict, got {type(stored).__name__}")
+    yield from stored.items()
 
 
 def check_folder(command: str, path: str | os.PathLike) -> None:
@@ -122,16 +147,25 @@ def _read_json(file: Path) -> dict:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            break
+    else:
         raise ValueError(
-            f"GPT.from_pretrained: {folder} holds no model.safetensors (nor its index); other "
-            "formats are converted by transformers' from_pretrained(...).save_pretrained(...)"
+            f"GPT.from_pretrained: {folder} holds no model.safetensors or pytorch_model.bin (nor "
+            "an index of them); other formats are converted by transformers' "
+            "from_pretrained(...).save_pretrained(...)"
         )
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise ValueError(f"{index}: weight_map must map names of tensors to names of files")
+    names = sorted(set(places.values()))
     for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: names {name}, which lies outside its folder")
         if not (folder / name).is_file():
             raise ValueError(f"{index}: names {name}, which is missing")
     return [folder / name for name in names]

@@ -29,6 +29,13 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 
+# Other names that transformers has for these functions.
+_SAME_ACTIVATION = {
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+}
+
 # name: (n_layer, n_embd, n_head); the feed-forward width is 4 * n_embd in all of them.
 _CEREBRAS_GPT = {
     "cerebras-gpt-111m": (10, 768, 12),
@@ -189,8 +196,8 @@ class GPTConfig:
         if kind == "gpt2":
             base |= {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
         fields = base | {k: v for k, v in d.items() if k in known}
-        if fields["activation_function"] == "gelu_pytorch_tanh":  # the same function
-            fields["activation_function"] = "gelu_new"
+        act = fields["activation_function"]
+        fields["activation_function"] = _SAME_ACTIVATION.get(act, act)
         try:
             return cls(**fields)
         except ValueError as error:
@@ -516,7 +523,8 @@ class GPT(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> GPT:
-        """Load a Hugging Face GPT-2 folder (config.json, safetensors sharded or not), in eval mode.
+        """Load a Hugging Face GPT-2 folder in eval mode: config.json, safetensors or an older
+        pytorch_model.bin, sharded or not.
 
         dtype: None keeps what is stored. Raises ValueError naming the file and the field or tensor.
         """

@@ -181,6 +181,25 @@ def test_sharded_checkpoint_equals_the_single_file(tmp_path, hf_gpt2):
     assert all(torch.equal(one[k], many[k]) for k in one)
 
 
+def test_files_of_torch_save_load_as_safetensors_do(tmp_path, hf_gpt2):
+    hf = hf_gpt2(tmp_path, "gelu_python")  # "gelu" by an older name
+    ids, state = random_ids(), hf.state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")  # as published, the tied head twice
+    with torch.no_grad():
+        expected = hf(ids).logits
+        torch.testing.assert_close(ck.GPT.from_pretrained(tmp_path)(ids), expected)
+        (tmp_path / "pytorch_model.bin").unlink()
+        places = {}
+        for i, name in enumerate(state):
+            places[name] = f"pytorch_model-{i % 2}.bin"
+        for file in set(places.values()):
+            torch.save({n: state[n] for n in places if places[n] == file}, tmp_path / file)
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": places}))
+        torch.testing.assert_close(ck.GPT.from_pretrained(tmp_path)(ids), expected)
+
+
 def test_unprefixed_names_and_old_mask_buffers_load(tmp_path):
     # Published Cerebras-GPT files are GPT2Model's, without the prefix; older ones carry attn.bias.
     model = random_model()
@@ -463,6 +482,7 @@ def test_broken_checkpoint_files_are_named(tmp_path):
     random_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
+    stored = {n: t.to(torch.int8) for n, t in load_file(weights).items()}
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
         ck.GPT.from_pretrained(tmp_path)
@@ -472,6 +492,19 @@ def test_broken_checkpoint_files_are_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(ValueError, match=r"names model-1\.safetensors, which is missing"):
+        ck.GPT.from_pretrained(tmp_path)
+    index.write_text('{"weight_map": {"a": "../model-1.safetensors"}}')
+    with pytest.raises(ValueError, match=r"names \.\./model-1\.safetensors, which lies outside"):
+        ck.GPT.from_pretrained(tmp_path)
+    index.write_text('{"weight_map": ["a"]}')
+    with pytest.raises(ValueError, match=r"index\.json: weight_map must map names"):
+        ck.GPT.from_pretrained(tmp_path)
+    index.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a readable file of weights"):
+        ck.GPT.from_pretrained(tmp_path)
+    save_file(stored, weights)
+    with pytest.raises(ValueError, match=r"must be in fp32, bf16, fp16 or fp64, got torch\.int8"):
         ck.GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
