@@ -147,11 +147,9 @@ def generate_command(
         Dtype | None, typer.Option(help="Default: fp32 on a CPU, on a GPU as stored.")
     ] = None,
     quantize: Annotated[
-        Quantize | None, typer.Option(help="Weights in 8 or 4 bits, on a CPU.")
+        Quantize | None, typer.Option(help="Weights in 8 or 4 bits; bf16 or fp16 on a GPU.")
     ] = None,
-    kv_cache: Annotated[
-        KVCache | None, typer.Option(help="Keys and values in 8 bits, on a CPU.")
-    ] = None,
+    kv_cache: Annotated[KVCache | None, typer.Option(help="Keys and values in 8 bits.")] = None,
     threads: _Threads = None,
 ) -> None:
     """Continue a prompt; the text streams to stdout, tokens/s go to stderr.
