@@ -45,16 +45,18 @@ def replaced(model, setup):
 
 
 class CkGenerate:
-    """A session around `ck.generate`."""
+    """A session around `ck.generate`; beside quantized weights its cache is quantized too."""
 
-    def __init__(self, model):
+    def __init__(self, model, setup):
         self.model = model
+        self.kv_cache = "int8" if setup.format in ("int8", "int4") else None
 
     def generate(self, ids, new_tokens, stamp):
         from cgpt_kernels import generate
 
         prompt = torch.tensor(ids)
-        out = generate(self.model, prompt, new_tokens, stream=lambda _: stamp())
+        options = {"kv_cache": self.kv_cache, "stream": lambda _: stamp()}
+        out = generate(self.model, prompt, new_tokens, **options)
         return out[:, prompt.shape[1] :].tolist()
 
 
