@@ -26,6 +26,9 @@ _PALETTE = ("#3b6ea5", "#e08a2e", "#4f9a5f", "#b5504c", "#7d64a8", "#2f9c9c", "#
 _SCALE = np.array([(38, 26, 78), (58, 82, 139), (33, 145, 140), (115, 200, 98), (253, 231, 80)])
 
 
+_UNITS = {"hops": "words", "SRAM": "bytes"}  # of maps; all others are in cycles
+
+
 def heatmap(report: Report, path: str | Path) -> None:
     """PNG of every map of the report, one panel each.
 
@@ -43,7 +46,7 @@ def heatmap(report: Report, path: str | Path) -> None:
     except ImportError as error:
         raise ImportError("save_heatmap needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
-    from matplotlib import colors, pyplot
+    from matplotlib import colors, pyplot, ticker
 
     scale = colors.LinearSegmentedColormap.from_list("cores", _SCALE / 255)
     columns = min(3, len(report.maps))
@@ -56,13 +59,15 @@ def heatmap(report: Report, path: str | Path) -> None:
     for axis, (name, values) in zip(axes.flat, report.maps.items(), strict=False):
         axis.set_axis_on()
         low, high = float(values.min()), float(values.max())
-        low = 0.0 if low == high else low  # a map of one value has a scale too
+        title = f"{name} ({_UNITS.get(name, 'cycles')})"
+        if low == high:  # a map of one value has a scale too
+            title, low = f"{title}: {low:,.0f} on every core", 0.0
         picture = axis.imshow(
             values, cmap=scale, interpolation="nearest", vmin=low, vmax=max(high, low + 1)
         )
-        figure.colorbar(picture, ax=axis, shrink=0.85, format="{x:,.0f}")
-        unit = "bytes" if name == "SRAM" else "words" if name == "hops" else "cycles"
-        axis.set(title=f"{name} ({unit})", xlabel="px", ylabel="py")
+        whole = ticker.MaxNLocator(nbins=6, integer=True)
+        figure.colorbar(picture, ax=axis, shrink=0.85, format="{x:,.0f}", ticks=whole)
+        axis.set(title=title, xlabel="px", ylabel="py")
         for side in (axis.xaxis, axis.yaxis):
             side.get_major_locator().set_params(integer=True)
     figure.suptitle(f"{report.what}\n{report.cycles:,.0f} modelled cycles on {report.spec.name}")
@@ -166,6 +171,12 @@ def _png(share: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(data + chunk(b"IEND", b"")).decode()
 
 
+_READING = (
+    "<p>A core each, px to the right, py downwards; colours go from a map's least value to its "
+    "greatest.</p>"
+)
+
+
 def _map(report: Report, name: str) -> str:
     values = _averaged(report.maps[name].astype(float))
     low, high = float(values.min()), float(values.max())
@@ -182,7 +193,8 @@ def _map(report: Report, name: str) -> str:
             f"{_short(found['p95'])},<br>max/mean {found['max/mean']:.2f}</p>"
         )
     return (
-        f'<figure><figcaption>{escape(name)}</figcaption><img alt="{escape(name)} of {rows} x '
+        f"<figure><figcaption>{escape(name)} <small>{_UNITS.get(name, 'cycles')}</small>"
+        f'</figcaption><img alt="{escape(name)} of {rows} x '
         f'{columns} cores" style="aspect-ratio:{ratio:.3f};image-rendering:{sharp}" '
         f'src="{_png(share)}">{below}</figure>'
     )
@@ -232,7 +244,7 @@ def _timeline(report: Report) -> str:
         end, note = ends[-1] or 1, "The phases one after the other."
     names = list(dict.fromkeys([*report.phases, *(s[2] for s in spans)]))
     colours = {name: _PALETTE[n % len(_PALETTE)] for n, name in enumerate(names)}
-    left, lane, top = 168, 18, 24
+    left, lane, top = max(168, 12 + 7 * max(map(len, lines), default=0)), 18, 24
     scale = (WIDTH - left) / (end or 1)
     marks = [
         f'<text x="0" y="{top + n * lane + 12}">{escape(line)}</text>'
@@ -263,7 +275,7 @@ def _timeline(report: Report) -> str:
 
 def _table(reports: Sequence[Report]) -> str:
     tokens = any(r.tokens for r in reports)
-    names = ("what", "machine", "grid", "cycles", "", "to the first", "tokens/s", "memory")
+    names = ("what", "machine", "grid", "cycles", "", "times the first", "tokens/s", "memory")
     head = "".join(f"<th>{h}</th>" for h in names if tokens or h != "tokens/s")
     first, most = reports[0].cycles or 1.0, max(r.cycles for r in reports) or 1.0
     least = min((r.cycles for r in reports if r.fits), default=None)
@@ -278,7 +290,7 @@ def _table(reports: Sequence[Report]) -> str:
             f'<td class="bar"><i style="width:{r.cycles / most:.2%}"></i></td>'
             f"<td>{r.cycles / first:.2f}</td>{rate}"
             + ("<td>" if r.fits else '<td class="over" title="does not fit">')
-            + f"{used:.0%}</td></tr>"
+            + f"{used:.0%}{'' if r.fits else ' over'}</td></tr>"
         )
     body = "".join(lines)
     return f'<table class="fill"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -313,7 +325,8 @@ tr.best td{font-weight:600}
 .legend span{margin-right:18px}
 .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(180px,1fr));gap:22px}
 figure{margin:0}figure img{width:100%;display:block;border-radius:4px}
-figcaption{font-weight:600;margin-bottom:4px}figure p{font-size:12.5px;margin:2px 0}
+figcaption{font-weight:600;margin-bottom:4px}
+figcaption small{font-weight:400;color:var(--soft)}figure p{font-size:12.5px;margin:2px 0}
 .ends{display:flex;justify-content:space-between}
 .scale{height:8px;margin-top:6px;border-radius:4px;background:linear-gradient(90deg,GRADIENT)}
 ul.notes{margin:12px 0 0;padding-left:20px}
@@ -328,7 +341,7 @@ def html(report: Report, compare: Sequence[Report] | Mapping[str, Sequence[Repor
     """
     if not isinstance(compare, Mapping):
         compare = {"": compare}
-    reading = "<p>Bold: the fastest that fits. Red: memory does not suffice.</p>"
+    reading = "<p>Bold: the fastest that fits. Over: a core's memory does not suffice.</p>"
     tables = "".join(
         (f"<h3>{escape(question)}</h3>" if question else "") + _table([report, *others])
         for question, others in compare.items()
@@ -343,7 +356,7 @@ def html(report: Report, compare: Sequence[Report] | Mapping[str, Sequence[Repor
     ]
     sections = "".join(
         f"<section><h2>{title}</h2>"
-        + (f'<div class="maps">{body}</div>' if title == "Cores" else body)
+        + (f'{_READING}<div class="maps">{body}</div>' if title == "Cores" else body)
         + "</section>"
         for title, body in parts
         if body
