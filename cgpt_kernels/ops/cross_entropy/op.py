@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks
 from ..dispatch import (
@@ -20,6 +19,7 @@ from ..dispatch import (
     choose,
     define,
     dense_last,
+    once_differentiable,
     undisturbed,
     with_numpy,
 )

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks
 from ..dispatch import (
@@ -25,6 +24,7 @@ from ..dispatch import (
     cast,
     choose,
     dense_last,
+    once_differentiable,
     undisturbed,
 )
 from . import reference

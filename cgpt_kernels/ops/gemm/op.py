@@ -10,7 +10,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks
 from ..dispatch import (
@@ -23,6 +22,7 @@ from ..dispatch import (
     choose,
     define,
     dense_last,
+    once_differentiable,
     undisturbed,
     with_numpy,
 )

@@ -9,7 +9,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backends, checks
 from ..dispatch import (
@@ -22,6 +21,7 @@ from ..dispatch import (
     choose,
     define,
     dense_last,
+    once_differentiable,
     undisturbed,
     with_numpy,
 )
@@ -181,10 +181,10 @@ def _autocast(device_type, x, residual):
 
 def _forward(kernel, x, residual, weight, bias, eps):
     """y, sum (None without residual), mean, rstd."""
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(y)
+    y = _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+    total = None if residual is None else _empty_like(y)
     mean = x.new_empty(prod(x.shape[:-1]), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    rstd = _empty_like(mean)
     kernel(x, residual, weight, bias, y, total, mean, rstd, eps)
     return y, total, mean, rstd
 
@@ -207,14 +207,7 @@ class _LayerNorm(torch.autograd.Function):
             return None, dtotal, dtotal, None, None, None
         need = (need_x or need_residual, need_weight, need_bias)
         dx, dweight, dbias = layer_norm_bwd_cpu(dy, dtotal, *ctx.saved_tensors, need)
-        return (
-            None,
-            dx if need_x else None,
-            dx if need_residual else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            None,
-        )
+        return None, dx if need_x else None, dx if need_residual else None, dweight, dbias, None
 
 
 # ---- torch.ops.cgpt -----------------------------------------------------------------------------
@@ -284,7 +277,8 @@ def _backward_add(ctx, dy, dtotal, dmean, drstd):
 
 def _run_bwd(dy, dtotal, x, weight, bias, mean, rstd, need, backend):
     if backend == "cpu":
-        return layer_norm_bwd_cpu(dy, dtotal, x, weight, bias, mean, rstd, need)
+        grads = layer_norm_bwd_cpu(dy, dtotal, x, weight, bias, mean, rstd, need)
+        return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
     bwd = backends.own("layer_norm", backend, "layer_norm_bwd") or layer_norm_bwd
     return bwd(dy, dtotal, x, weight, bias, mean, rstd, need)
 

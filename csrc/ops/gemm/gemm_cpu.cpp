@@ -27,6 +27,8 @@ constexpr int64_t kGroupRows = kUsesAmx<C> ? 128 : kMR;
 constexpr int64_t kPackRows = 8;
 // Columns of x^T packed at once: whole cache lines of x's rows, whole register tiles.
 constexpr int64_t kTransposedRows = kUsesAmx<bf16> ? 128 : 8 * kMR;
+// Of x^T, kept for all blocks of columns: transposing it anew for each is 3 % of a gradient of W.
+constexpr int64_t kKeptBytes = int64_t{4} << 20;
 // Rows accumulated in fp32 scratch while W's blocks of K pass.
 constexpr int64_t kChunkRows = 512;
 
@@ -89,7 +91,9 @@ void packed(const GemmProblem<T>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
   const int64_t chunk = k_blocks == 1 ? group : divide_up(kChunkRows, group) * group;
 
   C* b = scratch<C>(0, block_k * block_n);
-  C* a = scratch<C>(1, group * lda);
+  const bool keeps = p.x_transposed && k_blocks == 1 &&
+                     groups * group * lda * static_cast<int64_t>(sizeof(C)) <= kKeptBytes;
+  C* const x_rows = scratch<C>(1, (keeps ? groups : 1) * group * lda);
   float* c = scratch<float>(2, smaller(chunk, groups * group) * block_n);
   for (int64_t n = n0; n < n1; n += block_n) {
     const int64_t columns = smaller(block_n, n1 - n);
@@ -101,8 +105,10 @@ void packed(const GemmProblem<T>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
           pack_b(p.weight + k0 * stride_k + n * stride_n, stride_k, stride_n, depth, columns, b);
         for (int64_t i = i0; i < i1; i += group) {
           const int64_t rows = smaller(group, i1 - i);
-          if (p.x_transposed) pack_a_transposed(p.x + k0 * p.ldx + i, p.ldx, rows, depth, a, lda);
-          else pack_a(p.x + i * p.ldx + k0, p.ldx, rows, depth, a, lda);
+          C* const a = x_rows + (keeps ? (i - m0) * lda : 0);
+          if (!p.x_transposed) pack_a(p.x + i * p.ldx + k0, p.ldx, rows, depth, a, lda);
+          else if (!keeps || n == n0)
+            pack_a_transposed(p.x + k0 * p.ldx + i, p.ldx, rows, depth, a, lda);
           // One register tile's sums at a time, so that they are finished in L1.
           const int64_t parts = divide_up(rows, kGroupRows<C>);
           for (int64_t part = 0; part < parts; ++part) {

@@ -108,19 +108,6 @@ CGPT_INLINE VecF activate(VecF v) {
   return v;
 }
 
-// As store_n, to bf16 in one instruction where there is one, which takes denormals for zero.
-template <class Y>
-CGPT_INLINE void store_rounded(Y* p, VecF v, int64_t n) {
-#if CGPT_TIER_LEVEL >= 3
-  if constexpr (__is_same(Y, bf16)) {
-    const __mmask16 m = static_cast<__mmask16>(n >= kLanes ? 0xffff : (1u << n) - 1);
-    _mm256_mask_storeu_epi16(p, m, bit_cast<__m256i>(_mm512_cvtneps_pbh(v)));
-    return;
-  }
-#endif
-  store_n(p, v, n);
-}
-
 // One row from column n on, up to Dropout::kStrip columns where `words` are given.
 template <Activation activation, class T, class Y>
 CGPT_INLINE void finish_row(const GemmEpilogue<T, Y>& p, int64_t i, int64_t n, int64_t columns,

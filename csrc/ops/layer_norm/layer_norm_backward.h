@@ -14,7 +14,8 @@ namespace cgpt::CGPT_TIER {
 namespace {
 
 constexpr int64_t kChunkRows = 32, kMostChunks = 64;
-// Rows that share one load and store of the sums, the weight's load too.
+// Rows walked together, in the forward too: they share the parameters' loads, and the sums of one
+// row hide the latency of another's.
 constexpr int kGroupRows = CGPT_TIER_LEVEL >= 2 ? 4 : 2;
 
 template <class T, class W>
@@ -78,7 +79,7 @@ CGPT_INLINE void gradient_of_rows(const LayerNormGradient<T, W>& p, int64_t i, f
   VecF a[n], b[n];
   for (int u = 0; u < n; ++u) {
     a[u] = set1(reduce_add(sum_g[u]) / static_cast<float>(p.C));
-    b[u] = set1(reduce_add(sum_gx[u]) / static_cast<float>(p.C));
+    b[u] = -r[u] * set1(reduce_add(sum_gx[u]) / static_cast<float>(p.C));
   }
   T* dx = p.dx + i * p.ldd;
   const T* dtotal = p.dtotal ? p.dtotal + i * p.lds : nullptr;
@@ -87,10 +88,10 @@ CGPT_INLINE void gradient_of_rows(const LayerNormGradient<T, W>& p, int64_t i, f
 #pragma GCC unroll 4
     for (int u = 0; u < n; ++u) {
       const VecF g = load_n(dy + u * p.ldy + c, left) * w;
-      const VecF xhat = (load_n(x + u * p.ldx + c, left) - m[u]) * r[u];
-      VecF v = r[u] * (g - a[u] - xhat * b[u]);
+      const VecF centred = load_n(x + u * p.ldx + c, left) - m[u];
+      VecF v = r[u] * fmadd(centred, b[u], g - a[u]);  // 0 where C is 1
       if (dtotal) v += load_n(dtotal + u * p.lds + c, left);
-      store_n(dx + u * p.ldd + c, v, left);
+      store_rounded(dx + u * p.ldd + c, v, left);
     }
   });
 }
@@ -119,7 +120,8 @@ void layer_norm_bwd_kernel(const LayerNormBwdArgs& a) {
   float* partial =
       static_cast<float*>(thread_scratch(0, static_cast<size_t>(chunks * stride + 1) * 4));
   parallel_ranges(chunks, kChunkRows * p.C, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
+    // Backwards: of dy, made just before from the first row to the last, the end is in L2.
+    for (int64_t k = end - 1; k >= begin; --k) {
       float *dw = partial + k * stride, *db = dw + padded;
       for (int64_t c = 0; c < stride; c += kLanes) store(dw + c, zero());
       int64_t i = p.rows * k / chunks;
