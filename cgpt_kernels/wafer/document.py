@@ -90,7 +90,8 @@ Within their targets, but with a lean that has a cause:
   published program spends on as many elements as the model is wide: its SiLU loop ends there, and
   each of its divisions costs several times as much.
 - *Two phases* at P = 512, B = 4096 are 3.9 % above the formula, which lets bandwidth and distance
-  overlap entirely; the tree at P = 256, B = 64 is 9.4 % above it.
+  overlap entirely; where B is near P they are up to 11 % above it (P = 31, B = 128). The tree is
+  between 9 % below it (P = 64, B = 8) and 9 % above (P = 512, B = 128).
 - *The ring* pays the start of an instruction in each step, which the formula does not: 2.8 % for
   chunks of 64 words, a quarter for chunks of one.
 
