@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,14 +92,24 @@ def _tensors(file: Path, device: str | torch.device) -> Iterator[tuple[str, Tens
     yield from stored.items()
 
 
-def check_folder(command: str, path: str | os.PathLike) -> None:
-    """ValueError where a command's --out cannot become a folder: before its work, not after."""
+def check_folder(command: str, path: str | os.PathLike, model: str | os.PathLike) -> None:
+    """ValueError where a command's --out cannot become a folder, or is the model's own: before its
+    work, not after."""
     folder = Path(path).absolute()
+    if folder.resolve() == Path(model).resolve():
+        raise ValueError(f"{command}: --out must not be the model's own folder, got {path}")
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir():
         raise ValueError(f"{command}: --out must be a folder, {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{command}: --out must be writable, {there} is not")
+
+
+def copy_tokenizer(source: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Copy whatever tokenizer files one folder has into another."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(path) / name)
 
 
 def write(path: str | os.PathLike, config: dict, weights: dict[str, Tensor]) -> None:

@@ -86,7 +86,7 @@ def main(
 
     \b
     cgpt-kernels doctor                    what this machine runs, and why
-    cgpt-kernels demo                      eager against replaced, in two minutes
+    cgpt-kernels demo                      eager against replaced, in a few minutes
     cgpt-kernels generate --prompt 'def '  text from the shipped model
     cgpt-kernels bench gemm --dtype bf16   each case against eager, torch.compile and the bound
     cgpt-kernels quantize --out tiny-int8  a smaller checkpoint, and what it costs in loss
@@ -257,16 +257,12 @@ def quantize_command(
     cgpt-kernels quantize --model ./Cerebras-GPT-111M --format int4 --dtype bf16 --out 111m-int4
     cgpt-kernels generate --model tiny-int8 --prompt 'import '
     """
-    import shutil
-
     from . import checkpoint, quantize, timing
     from .gpt import GPT
     from .train.data import read_tokenizer
 
     folder = _model_folder(model)
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"quantize: --out must not be the model's own folder, got {out}")
-    checkpoint.check_folder("quantize", out)
+    checkpoint.check_folder("quantize", out, folder)
     tokenizer = read_tokenizer(folder, "quantize")
     texts = [quantize.read_text(file) for file in text or ()]
     console = _console()
@@ -277,9 +273,7 @@ def quantize_command(
         ids = quantize.encode(folder, tokenizer, texts or quantize.held_out_text())
         report = quantize.measure(loaded, format.value, ids)
     quantize.save(loaded, out, format.value)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    checkpoint.copy_tokenizer(folder, out)
     console.print(
         f"{format.value}: loss {report.loss:.4f} -> {report.quantized_loss:.4f} nats/token over "
         f"{report.tokens} tokens, perplexity {report.perplexity_change:+.2%}; projections and head "

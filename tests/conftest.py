@@ -1,10 +1,12 @@
-"""Fixtures for all tests: fixed seeds, NaN in fresh memory."""
+"""Fixtures for all tests: fixed seeds, instruction-set tiers, NaN in fresh memory."""
 
 import random
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from cgpt_kernels import backends
 
 # A shared or slow machine must not fail a property; examples are the same on every run.
 settings.register_profile(
@@ -22,6 +24,15 @@ def fixed_seeds():
     """The same random numbers in every run and every order of the tests."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=backends._C.cpu_isas() if backends._C else [])
+def tier(request):
+    """Each instruction-set tier in turn, or those of an indirect parametrization; the best one
+    afterwards."""
+    backends._C.set_cpu_isa(request.param)
+    yield request.param
+    backends._C.set_cpu_isa("auto")
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""A small Hugging Face GPT-2 and its inputs, for the tests that replace its modules.
+"""A small Hugging Face GPT-2, a small reference GPT and their inputs, for the tests that replace
+their modules.
 
 B batch, S tokens, V vocabulary.
 """
@@ -6,7 +7,23 @@ B batch, S tokens, V vocabulary.
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import cgpt_kernels as ck
+
 V = 97  # odd, as GPT-2's own vocabulary
+REFERENCE = ck.GPTConfig(
+    vocab_size=V, n_positions=64, n_embd=48, n_layer=3, n_head=3, initializer_range=0.2
+)
+
+
+@torch.no_grad()
+def reference(config=REFERENCE, dtype=torch.float32, seed=0):
+    """A reference GPT with biases."""
+    torch.manual_seed(seed)
+    model = ck.GPT(config).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.normal_(std=0.2)
+    return model.to(dtype)
 
 
 def make(cls=GPT2LMHeadModel, **options):

@@ -19,14 +19,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TIERS = [] if backends._C is None else backends._C.cpu_isas()
 
 
-@pytest.fixture
-def tier(request):
-    """The tier forced for one test, the best one afterwards."""
-    backends._C.set_cpu_isa(request.param)
-    yield request.param
-    backends._C.set_cpu_isa("auto")
-
-
 on_tiers = pytest.mark.parametrize("tier", TIERS, indirect=True)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 

@@ -8,16 +8,14 @@ import torch
 from torch import nn
 
 import cgpt_kernels as ck
-from cgpt_kernels import _C
 from cgpt_kernels.assets import TINY
 from cgpt_kernels.decoder import Decoder
 from cgpt_kernels.replace import decoder_parts
 from cgpt_kernels.testing import FORWARD_FACTOR, SLACK
 from tests import small_gpt2
+from tests.small_gpt2 import REFERENCE as CONFIG
+from tests.small_gpt2 import reference
 
-CONFIG = ck.GPTConfig(
-    vocab_size=97, n_positions=64, n_embd=48, n_layer=3, n_head=3, initializer_range=0.2
-)
 MUP = dataclasses.replace(
     CONFIG,
     mup_embeddings_scale=10.0,
@@ -31,23 +29,6 @@ MUP = dataclasses.replace(
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def tier(request):
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("auto")
-
-
-@torch.no_grad()
-def reference(config=CONFIG, dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    model = ck.GPT(config).eval()
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            p.normal_(std=0.2)
-    return model.to(dtype)
 
 
 def hold_logits(found, model, ids, *, truth=None, **inputs):

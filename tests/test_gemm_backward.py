@@ -23,13 +23,6 @@ ACTIVATIONS = [None, "gelu", "gelu_tanh", "relu"]
 gemm = functools.partial(ops.gemm, backend="cpu")
 
 
-@pytest.fixture(params=_C.cpu_isas())
-def tier(request):
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("auto")
-
-
 def case(M, N, K, **options):
     return GemmCase(name="", why="", M=M, N=N, K=K, **options)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import cgpt_kernels as ck
-from cgpt_kernels import _C, quantize
+from cgpt_kernels import quantize
 from cgpt_kernels.assets import TINY
 from cgpt_kernels.decoder import Decoder
 from cgpt_kernels.replace import decoder_parts
@@ -23,20 +23,10 @@ def no_gradients():
         yield
 
 
-@pytest.fixture(params=_C.cpu_isas())
-def tier(request):
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("auto")
-
-
 def replaced(dtype=torch.float32, n_embd=48):
     """A model whose heads are no whole number of vectors long unless asked for otherwise."""
-    config = ck.GPTConfig(
-        vocab_size=97, n_positions=64, n_embd=n_embd, n_layer=2, n_head=2, initializer_range=0.2
-    )
-    torch.manual_seed(0)
-    model = ck.GPT(config).eval().to(dtype)
+    shape = {"n_embd": n_embd, "n_layer": 2, "n_head": 2, "n_inner": 4 * n_embd}
+    model = small_gpt2.reference(dataclasses.replace(small_gpt2.REFERENCE, **shape), dtype)
     ck.replace(model)
     return decoder_parts(model)
 

@@ -21,13 +21,6 @@ OPS = [(LayerNormCase, ops.layer_norm), (AddLayerNormCase, ops.add_layer_norm)]
 layer_norm = functools.partial(ops.layer_norm, backend="cpu")
 
 
-@pytest.fixture(params=_C.cpu_isas())
-def tier(request):
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa("auto")
-
-
 @pytest.mark.usefixtures("nan_filled_memory")
 @settings(max_examples=10)
 @given(

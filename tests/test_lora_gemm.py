@@ -20,14 +20,6 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-@pytest.fixture(params=TIERS)
-def tier(request):
-    """Each tier in turn, the best one afterwards."""
-    backends._C.set_cpu_isa(request.param)
-    yield request.param
-    backends._C.set_cpu_isa("auto")
-
-
 def inputs(dtype, M=(2, 9), K=70, N=50, r=5, *, layout="nk", factors=None, x_low=False):
     """What `gemm` below takes; factors: dtype of A and B, that of x by default."""
     generator = torch.Generator().manual_seed(0)

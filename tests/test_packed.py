@@ -36,14 +36,6 @@ def options_of(kind):
     return {"format": kind[0], "group": kind[1]} if isinstance(kind, tuple) else {"format": kind}
 
 
-@pytest.fixture(params=TIERS)
-def tier(request):
-    """Each tier in turn, the best one afterwards."""
-    backends._C.set_cpu_isa(request.param)
-    yield request.param
-    backends._C.set_cpu_isa("auto")
-
-
 on_kinds = pytest.mark.parametrize("kind", KINDS, ids=name_of)
 
 

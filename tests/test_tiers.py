@@ -24,14 +24,6 @@ PARAMETERS = [
 ]
 
 
-@pytest.fixture
-def tier(request):
-    """The tier forced for one test, the best one afterwards."""
-    backends._C.set_cpu_isa(request.param)
-    yield request.param
-    backends._C.set_cpu_isa("auto")
-
-
 on_tiers = pytest.mark.parametrize("tier", TIERS, indirect=True)
 
 

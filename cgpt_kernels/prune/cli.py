@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +41,7 @@ def prune_command(
     from . import prune_mlp
 
     folder = TINY if model == "tiny" else Path(model)
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"prune: --out must not be the model's own folder, got {out}")
-    checkpoint.check_folder("prune", out)
+    checkpoint.check_folder("prune", out, folder)
     tokenizer = read_tokenizer(folder, "prune")
     loaded = GPT.from_pretrained(folder)
     console = Console()
@@ -61,9 +58,7 @@ def prune_command(
         ids = quantize.encode(folder, tokenizer, quantize.held_out_text())
         before, after = loss_of(loaded, ids), loss_of(small, ids)
     small.save_pretrained(out)
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    checkpoint.copy_tokenizer(folder, out)
     console.print(
         f"{report.neurons} -> {report.kept} neurons per layer, {report.parameters:,} -> "
         f"{report.kept_parameters:,} parameters; loss {before:.4f} -> {after:.4f} nats/token over "
