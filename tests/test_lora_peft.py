@@ -332,6 +332,14 @@ def test_adapters_on_quantized_weights(quantize, fused_only):
     assert ck.generate(model, ids, 5).shape == (2, 14)
 
 
+def test_adapters_whose_own_weights_were_given_up_run_in_pefts_forward():
+    model = adapted()
+    wanted = logits(model, tokens())
+    ck.replace(model, keep_original=False)
+    close(logits(model, tokens()), wanted)
+    assert ck.generate(model, tokens(), 2).shape == (2, 11)
+
+
 def test_adapters_are_saved_and_loaded(tmp_path):
     eager, model = pair()
     model.save_pretrained(tmp_path)

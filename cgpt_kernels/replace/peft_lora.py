@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from cgpt_kernels.replace.packing import Packable
+from cgpt_kernels.replace.packing import Packable, given_up
 from cgpt_kernels.replace.swap import Product, Replaced, dense, idle, multiply, operands, unhooked
 from cgpt_kernels.replace.torch_nn import FusedLinear
 
@@ -95,7 +95,8 @@ def _read(layer: LoraLinear, cls: type, dtype: torch.dtype) -> Product | None:
 
 def _factor(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """(weight, bias) of lora_A or lora_B; None where it must be called."""
-    return dense(linear) if type(linear) in _FACTORS and unhooked(linear) else None
+    readable = type(linear) in _FACTORS and unhooked(linear)
+    return dense(linear) if readable and not given_up(linear) else None
 
 
 def base_model(model: nn.Module) -> nn.Module | None:
