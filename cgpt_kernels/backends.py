@@ -12,9 +12,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -64,7 +66,8 @@ BACKENDS = {
     )
 }
 
-# What `auto` tries, by device; the simulator is never chosen for anyone.
+# What `auto` tries, by device; the simulator is never chosen for anyone. On a GPU that
+# `cgpt-kernels tune` has measured, the fastest of the call's class comes first.
 AUTO = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 
@@ -76,15 +79,15 @@ class Op:
         folder: its folder under ops/.
         kernel: name of its forward function in `_C` and in the backend files.
         first: name of its first tensor, for messages.
-        prefer_eager: given backend name and the call's tensors, the measured reason why `auto`
-            should leave this shape to eager, or None.
+        shape_class: of the call's tensors; calls of one class, in 16 bits or 32, have one order of
+            backends under `auto`.
     """
 
     name: str
     folder: str
     kernel: str
     first: str = "x"
-    prefer_eager: Callable[[str, tuple], str | None] | None = None
+    shape_class: Callable[[tuple], str] = lambda tensors: "any"
 
     def __post_init__(self):
         OPS[self.name] = self
@@ -232,9 +235,46 @@ def why_not(op: str, backend: str, tensors: tuple) -> str | None:
     return limits(*tensors) if limits else None
 
 
-def _rules(op: str, backend: str, tensors: tuple) -> str | None:
-    rule = OPS[op].prefer_eager
-    return rule(backend, tensors) if rule and backend != "eager" else None
+@functools.cache
+def measured() -> dict:
+    """Device's name -> op -> class -> {backend: its time as a share of eager's, or None where it
+    was not as exact}: the part of the launch table that says what `auto` does."""
+    path = Path(__file__).parent / "triton_substrate" / "launch.json"
+    return json.loads(path.read_text())["auto"]
+
+
+@torch.compiler.assume_constant_result
+def _is_measured(op: str, index: int | None) -> bool:
+    return bool(measured()) and op in measured().get(torch.cuda.get_device_name(index), {})
+
+
+def _times(op: str, which: str, index: int | None) -> dict[str, float | None]:
+    return measured()[torch.cuda.get_device_name(index)][op].get(which, {})
+
+
+@torch.compiler.assume_constant_result
+def _by_time(op: str, which: str, index: int | None) -> tuple[str, ...]:
+    """AUTO's backends of a GPU: those that were not measured, the others by time, the inexact."""
+    times = _times(op, which, index)
+
+    def place(name):
+        return float("inf") if times.get(name, 0.0) is None else times.get(name, 0.0)
+
+    return tuple(sorted(AUTO["cuda"], key=place))
+
+
+def shape_class(op: str, tensors: tuple) -> str:
+    """The class whose measured times say what `auto` does with a call."""
+    bits = "16 bit" if tensors[0].element_size() == 2 else "fp32"
+    return f"{bits}, {OPS[op].shape_class(tensors)}"
+
+
+def _order(op: str, tensors: tuple) -> tuple[str, ...]:
+    """What `auto` tries, in this order."""
+    device = tensors[0].device
+    if device.type == "cuda" and _is_measured(op, device.index):
+        return _by_time(op, shape_class(op, tensors), device.index)
+    return AUTO.get(device.type, ("eager",))
 
 
 def resolve(op: str, requested: str, tensors: tuple) -> str:
@@ -248,8 +288,8 @@ def resolve(op: str, requested: str, tensors: tuple) -> str:
         ValueError: unknown name, or one that cannot run these tensors.
     """
     if requested == "auto":
-        for name in AUTO.get(tensors[0].device.type, ("eager",)):
-            if why_not(op, name, tensors) is None and _rules(op, name, tensors) is None:
+        for name in _order(op, tensors):
+            if why_not(op, name, tensors) is None:
                 return name
         requested = "eager"
     checks.is_choice(op, "backend", requested, ("auto", *BACKENDS))
@@ -303,20 +343,22 @@ def explain(op: str | Callable, *tensors: torch.Tensor | None) -> Explanation:
         if not hasattr(t, "shape") and (t is not None or i == 0):
             checks.is_tensor("explain", f"tensors[{i}]", t, optional=i > 0)
     tensors = tuple(t if t is None else torch.as_tensor(t) for t in tensors)
-    chosen = resolve(name, "auto", tensors)
+    chosen, times, device = resolve(name, "auto", tensors), {}, tensors[0].device
+    if device.type == "cuda" and _is_measured(name, device.index):
+        times = _times(name, shape_class(name, tensors), device.index)
     rows = []
     for backend, what in BACKENDS.items():
         reason = why_not(name, backend, tensors)
-        rule = _rules(name, backend, tensors)
         if reason is not None:
             why = reason
-        elif rule is not None:
-            why = f"runs when asked for; auto leaves it to eager: {rule}"
         elif backend == chosen:
             tier = f", tier {_C.cpu_isa()}" if backend == "cpu" else ""
             why = f"chosen: {what.what}{tier}"
         else:
             why = f"runs when asked for: {what.what}"
+        if reason is None and backend in times:
+            share = times[backend]
+            why += ", was not exact" if share is None else f", took {share:.2f} of eager's time"
         rows.append((backend, reason is None, why))
     shown = ", ".join(
         "None" if t is None else f"{checks.name_of(t.dtype)}{list(t.shape)}" for t in tensors

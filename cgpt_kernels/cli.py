@@ -468,20 +468,22 @@ def bench_command(
         raise typer.Exit(1)
 
 
-@app.command("tune", short_help="Measure the launch table of the Triton kernels on this GPU.")
+@app.command("tune", short_help="Measure the launch table and what auto tries first on this GPU.")
 def tune_command(
     calls: Annotated[
-        str, typer.Argument(help="Start of the calls' names, e.g. gemm or 'attention D=64'.")
+        str, typer.Argument(help="Start of the calls' names: gemm, 'attention D=64', 'auto gemm'.")
     ] = "",
     out: Annotated[
         Path | None, typer.Option(help="JSON; default: the package's own table.")
     ] = None,
 ) -> None:
-    """Try the launch configurations of each kernel and write the fastest into the table.
+    """Try the launch configurations of each Triton kernel and write the fastest into the table;
+    then compare cuda, triton and eager, op by op, for the order in which auto tries them.
 
     \b
     cgpt-kernels tune                      hours: every kernel, class of shape and candidate
     cgpt-kernels tune "attention D=64"     one part of it
+    cgpt-kernels tune auto                 only what auto tries first on this GPU, minutes
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("tune: triton is not installed: pip install 'cgpt-kernels[triton]'")

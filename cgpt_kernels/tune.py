@@ -1,14 +1,16 @@
-"""The launch table of the Triton kernels, measured: `cgpt-kernels tune` on the GPU at hand.
+"""The launch table, measured: `cgpt-kernels tune` on the GPU at hand.
 
 For each configuration that a call of CALLS asks for, every candidate is compiled, launched alone on
-the call's own tensors and timed; the fastest goes into the table with what was measured. Nothing of
-this happens at run time: the table is a file, and a change of it is reviewed like code.
+the call's own tensors and timed; the fastest goes into the table with what was measured. Then whole
+backends are compared, op by op, for what `auto` tries first. Nothing of this happens at run time:
+the table is a file, and a change of it is reviewed like code.
 """
 
 from __future__ import annotations
 
 import datetime
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,10 +18,12 @@ import torch
 from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from . import checks
+from . import backends, bench, checks
+from .ops import registry
 from .ops.attention import attention_triton
 from .ops.cross_entropy import cross_entropy_triton
 from .ops.gemm import gemm_triton
+from .ops.gemm.cases import GemmCase
 from .ops.layer_norm import layer_norm_triton
 from .triton_substrate import launch, machine_code
 
@@ -141,6 +145,7 @@ def tune(
     device: str = "cuda",
     time: Callable[[list[machine_code.Launch]], float] = microseconds,
     choices: Callable[[dict], Iterable[dict]] = candidates,
+    measure: Callable[..., bench.Row] = bench.measure,
     show: Callable[[str], object] = print,
     out: Path = launch.TABLE_PATH,
 ) -> dict:
@@ -152,8 +157,9 @@ def tune(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("tune: needs an NVIDIA GPU, torch.cuda.is_available() is False here")
     names = [name for name in CALLS if name.startswith(prefix)]
-    if not names:
-        checks.is_choice("tune", "prefix", prefix, tuple(CALLS))
+    chosen = [op for op in backends.OPS if f"auto {op}".startswith(prefix)]
+    if not names and not chosen:
+        checks.is_choice("tune", "prefix", prefix, (*CALLS, *(f"auto {op}" for op in backends.OPS)))
     where = torch.device(device)
     index = torch.cuda.current_device() if where.type == "cuda" else None
     capability, measured = launch.capability(index), {}
@@ -170,7 +176,12 @@ def tune(
             }
             entry = launch.table()[kernel][which]
             entry["measured"] = (entry["measured"] or {}) | {capability: found}
+    if chosen:
+        here = device if index is None else torch.cuda.get_device_name(index)
+        found = {op: _compare(op, device, measure, show) for op in chosen}
+        launch.auto()[here] = launch.auto().get(here, {}) | found
     out.write_text(launch.as_text())
+    backends.measured.cache_clear()
     show(f"written to {out}")
     return launch.table()
 
@@ -197,3 +208,36 @@ def _best(asked, name, where, capability, time, choices, show) -> dict | None:
     return (
         {"call": name, "us": fastest, "us_before": before, "tried": len(times)} if times else None
     )
+
+
+# Cases beside the benchmarks', which end at 512 rows: a batch of training, as bench_gpu has it.
+_TRAINED = {"gemm": [GemmCase(name="fc_8192", why="", M=8192, N=3072, K=768, activation="gelu")]}
+
+
+def _compare(op: str, device: str, measure, show) -> dict[str, dict[str, float | None]]:
+    """Class of shape -> backend -> its time as a share of eager's, None where it is not as exact.
+
+    The geometric mean over the cases of the class: of forward and backward, but of the
+    forward alone where rows are few, as in decoding.
+    """
+    taken: dict[str, dict[str, list[float]]] = {}
+    cases = [*registry.cases("bench", op), *_TRAINED.get(op, ())]
+    for case, dtype in itertools.product(cases, (BF16, FP32)):
+        given = case.inputs(dtype, device).values()
+        tensors = tuple(v for v in given if isinstance(v, torch.Tensor))
+        which = backends.shape_class(op, tensors)
+        for name in backends.AUTO["cuda"]:
+            if name == "eager" or backends.why_not(op, name, tensors) is not None:
+                continue
+            training = "few" not in which and "M <= 16" not in which
+            options = {"device": device, "backend": name, "gradients": training, "compile": False}
+            row = measure(case, dtype, **options)
+            share = math.inf if row.red else row.us_median / row.eager_us_median
+            taken.setdefault(which, {}).setdefault(name, []).append(share)
+    found = {}
+    for which, by_name in taken.items():
+        means = {n: math.prod(x) ** (1 / len(x)) for n, x in by_name.items()}
+        found[which] = {n: round(x, 3) if x < math.inf else None for n, x in means.items()}
+        found[which]["eager"] = 1.0
+        show(f"auto, {op}, {which}: {found[which]}")
+    return found

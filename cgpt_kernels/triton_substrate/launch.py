@@ -42,6 +42,12 @@ def table() -> dict:
     return json.loads(TABLE_PATH.read_text())["kernels"]
 
 
+@functools.cache
+def auto() -> dict:
+    """What backends.measured() reads from the same file, to be written."""
+    return json.loads(TABLE_PATH.read_text())["auto"]
+
+
 _pretended: str | None = None
 
 
@@ -174,4 +180,12 @@ def as_text() -> str:
             values = (f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items())
             entries.append(f"   {json.dumps(which)}: {{\n" + ",\n".join(values) + "\n   }")
         kernels.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(entries) + "\n  }")
-    return f'{{\n "note": {json.dumps(note)},\n "kernels": {{\n' + ",\n".join(kernels) + "\n }\n}\n"
+    chosen = [
+        f"  {json.dumps(device)}: {{\n"
+        + ",\n".join(f"   {json.dumps(op)}: {json.dumps(found)}" for op, found in ops.items())
+        + "\n  }"
+        for device, ops in auto().items()
+    ]
+    head = f' "note": {json.dumps(note)},\n "auto": {{' + "".join(["\n"] * bool(chosen))
+    head += ",\n".join(chosen) + "\n " * bool(chosen) + "},\n"
+    return f'{{\n{head} "kernels": {{\n' + ",\n".join(kernels) + "\n }\n}\n"

@@ -26,7 +26,17 @@ from ..philox import SEED_END, check_dropout
 from . import reference
 from .backward import attention_bwd, like
 
-ATTENTION = backends.Op("attention", "attention", "attention_fwd", first="q")
+
+def _shape_class(tensors: tuple) -> str:
+    """A step of decoding or more queries, by the width of heads."""
+    q = tensors[0]
+    width = "D <= 64" if q.shape[3] <= 64 else "D <= 128" if q.shape[3] <= 128 else "D > 128"
+    return f"few queries, {width}" if q.shape[2] <= 16 else width
+
+
+ATTENTION = backends.Op(
+    "attention", "attention", "attention_fwd", first="q", shape_class=_shape_class
+)
 
 _lean = backends.lean_kernels("attention")
 _empty_like = torch.empty_like  # the look-up in torch's namespace costs 0.1 us a call

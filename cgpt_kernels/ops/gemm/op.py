@@ -31,7 +31,14 @@ from . import lora as low_rank
 from . import packed, reference
 from .backward import gemm_bwd, gemm_bwd_cpu
 
-GEMM = backends.Op("gemm", "gemm", "gemm_fwd")
+
+def _shape_class(tensors: tuple) -> str:
+    """A step of decoding, a prompt, a batch of training."""
+    rows = tensors[0].shape[:-1].numel()
+    return "M <= 16" if rows <= 16 else "M <= 1024" if rows <= 1024 else "M > 1024"
+
+
+GEMM = backends.Op("gemm", "gemm", "gemm_fwd", shape_class=_shape_class)
 
 _lean = backends.lean_kernels("gemm")
 _training_kernel = getattr(backends._C, "gemm_fwd_training", None)
