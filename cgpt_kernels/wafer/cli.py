@@ -132,6 +132,9 @@ def estimate_command(
         int | None, typer.Option(min=1, help="Of the K-tree collectives; default about sqrt(P).")
     ] = None,
     density: Annotated[float, typer.Option(help="Share of nonzero weights (streaming).")] = 1.0,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Train: keep what enters each block only.")
+    ] = False,
     as_json: _Json = False,
     trace: _Trace = None,
     heatmap: _Heatmap = None,
@@ -149,7 +152,7 @@ def estimate_command(
     from .whatif import of_estimate
 
     options = {"mode": mode, "parallel": parallel, "batch": batch, "context": context}
-    options |= {"groups": groups, "density": density}
+    options |= {"groups": groups, "density": density, "recompute": recompute}
     config, sides, machine = _config(model), _pair("grid", grid), preset(spec)
     report = estimate(config, spec=machine, grid=sides, **options)
     report.what = f"{model}: {report.what}"

@@ -50,7 +50,34 @@ statistics, values and logs event by event. The **phase engine** runs representa
 
 Whole models in training and in the modes `pipeline`, `sequence` and `streaming` are arithmetic on
 top of these: bubbles, rings and streams are computed, not simulated. So are, in prefill, the
-alignment of MeshGEMM's operands and the step of the scores' product.
+alignment of MeshGEMM's operands and the step of products with a transposed operand, the scores'
+among them: chains of partial sums end at another core in each step. (`ck.wafer.gemm` with
+`transposed_b` runs a program of its own, with a K-tree in each step.)
+
+## Whole models
+
+`ck.wafer.estimate` lays matrices out with the model's width over the rows of cores and what comes
+of it over the columns, shares rounded up; tokens of a prefill or a training lie over the rows.
+
+- **Training.** Each product `A B` asks for `dC B^T` and `A^T dC`, whose sums over tokens run along
+  the columns of cores. Probabilities are not kept: the scores are made again from q, k and the sums
+  of rows. What is elementwise counts three times; the loss has a logit per token and entry of the
+  vocabulary. The optimizer's memory is counted, its cycles are not.
+- **Memory of a core.** Code, stack, weights (2 bytes; in training 16: fp16 weight and gradient, an
+  fp32 copy and Adam's two moments), keys and values, what is widest while tokens pass through a
+  block, tiles on their way; in training what the backward reads: 16 numbers of the model's width
+  per token and block where the feed-forward is four times as wide, or, with `recompute`, what
+  enters each block and the 16 of one. A pipeline's first stage has as many micro-batches under way
+  as there are stages.
+- **Pipeline.** Each block has a rectangle, embedding and head have a strip below, with as many of
+  the cores as they have of the weights. A result crosses the edge of two rectangles, each link
+  its share, and goes as far as a rectangle is long; that is not hidden behind the next product. The
+  slowest stage sets the pace.
+- **Sequence.** Four groups of rows hold all weights each. Keys and values (in training their
+  gradients too) go round: every core's words cross one link per column to the same place in the
+  next group. In training the groups add up their weight gradients, in a chain and back.
+- **Streaming.** Weights come by the links to the outside, in training twice, and gradients leave.
+  With zeros skipped each carries its index.
 
 ## Numbers on the grid
 

@@ -20,6 +20,7 @@ from .. import checks
 from ..backends import _C, _C_REASON, KERNEL_DTYPES
 from . import phases as phase_engine
 from . import strips, transposed
+from .blocks import softmax_cycles, turned_cycles
 from .engine import report_of, run
 from .phases import allreduce, local, shift
 from .report import Report
@@ -329,7 +330,6 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
     P = max(grid)
     name = f"attention {B} x {H} x {S} x {keys} x {D}"
     s = _share(keys, columns)
-    exponentials = 6 * spec.vector_cycles("fmulh", s)
     if S == 1:
         d = _share(D, rows)
         words = _share(s * itemsize, 4)
@@ -337,7 +337,7 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
             shift("cache", "x", 2 * _share(d * itemsize, 4)),
             local("scores", product_cycles(spec, 1, d, s, itemsize)),
             allreduce("scores", "y", words),
-            local("softmax", exponentials),
+            local("softmax", softmax_cycles(spec, s, 1, 0, itemsize)),
             allreduce("softmax", "x", 1),
             allreduce("softmax", "x", 1),
             local("output", product_cycles(spec, 1, s, d, itemsize)),
@@ -348,15 +348,15 @@ def attention_report(shape, keys, itemsize, grid, spec) -> Report:
     else:
         scores = transposed.shares(S, D, keys, rows, columns, itemsize)  # q k^T
         output = Tiles(_share(S, rows), _share(keys, P), _share(D, columns), itemsize)
-        held = max(
-            transposed.Form.of(scores, rows, columns).words, output.memory("mesh", rows, columns)
-        )
+        form = transposed.Form.of(scores, rows, columns)
+        held = max(form.words, output.memory("mesh", rows, columns))
         _fits("wafer.attention", spec, held)
         lines = _share(S, rows)
         reduce = (allreduce("softmax", "x", lines), allreduce("softmax", "x", lines))
         by_name = {
-            "scores": strips.transposed_product(spec, rows, columns, scores)[0],
-            "softmax": exponentials * lines + phase_engine.cycles(spec, 1, columns, reduce)[0],
+            "scores": turned_cycles(spec, form)[0],
+            "softmax": softmax_cycles(spec, lines, s, spec.loop_tuned, itemsize)
+            + phase_engine.cycles(spec, 1, columns, reduce)[0],
             "output": strips.product(spec, rows, columns, "mesh", output)[0],
         }
         total = sum(by_name.values())

@@ -63,7 +63,7 @@ class WaferSpec:
     sram_reserved: int = _f("bytes", "of it not for programs and data", 1024)
     stack_bytes: int = _f("bytes", "stack of a core's program", 4096)
     code_bytes: int = _f("bytes", "code and tables of a kernel", 8192)
-    decoder_code_bytes: int = _f("bytes", "code and tables of a whole decoder", 20_384)
+    decoder_code_bytes: int = _f("bytes", "code and tables of a whole decoder", 19_880)
     banks: int = _f("", "memory banks of a core", 8)
     colours: int = _f("", "colours that a program may route", 21)
     switch_positions: int = _f("", "routes that one colour can switch between", 4)
