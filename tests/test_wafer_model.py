@@ -272,6 +272,17 @@ def test_a_group_of_a_sequence_holds_all_weights_and_its_part_of_the_keys():
     assert need("sequence", (200, 200), 4096) == one_group
 
 
+def test_what_does_not_fit_says_what_would_help():
+    def advice(grid, **options):
+        return estimate(SMALL, grid=grid, **options).notes[-1]
+
+    assert "2 times the cores would hold it, or parallel='streaming'" in advice((100, 100))
+    more = advice((660, 660), batch=400)
+    assert "times the cores would hold it, more than the wafer has, or parallel" in more
+    train = advice((100, 100), mode="train", parallel="streaming", batch=8)
+    assert "would hold it, or recompute=True, or a smaller batch or context" in train
+
+
 @pytest.mark.parametrize("grid", [(360, 360), (300, 200)], ids=str)
 def test_the_longest_decode_is_the_last_that_fits(grid):
     one = replace(LLAMA3_8B, n_layer=1, vocab_size=0)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .phases import allreduce, cycles, local
+from .phases import Phase, allreduce, cycles, local
 from .spec import WaferSpec
 from .strips import product
 from .tiles import product_cycles
 from .transposed import Form, shares
+
+LONGEST = 4096  # words of one collective: a core holds them, and gives half of its memory at most
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,14 @@ def halves(n: int) -> int:
     return -(-n // 2)
 
 
+def all_reduces(spec: WaferSpec, name: str, axis: str, words: int) -> tuple[Phase, ...]:
+    """An all-reduce, in parts where a core cannot hold it in one; each call of a library of
+    collectives costs its software besides what moves."""
+    parts = share(words, LONGEST)
+    call = local("call of collectives", spec.collective_call)
+    return (call, allreduce(name, axis, share(words, parts))) * parts
+
+
 def decode_phases(
     spec: WaferSpec, b: Block, rows: int, columns: int, context: int, batch: int
 ) -> tuple:
@@ -93,11 +103,7 @@ def decode_phases(
         return batch * sum(spec.vector_cycles(name, n) for name, n in ops)
 
     def reduce(name, axis, n):
-        # each call of a collective library costs its software besides what moves
-        return (
-            local("call of collectives", spec.collective_call),
-            allreduce(f"{name}: all-reduce", axis, halves(n) * batch),
-        )
+        return all_reduces(spec, f"{name}: all-reduce", axis, halves(n) * batch)
 
     def scalar(functions):
         return batch * functions * spec.scalar_function
@@ -275,10 +281,8 @@ def block_phases(
     norm = calls(("fmulh", 3 * d), ("faddh", d)) + 3 * held * spec.scalar_function
     softmax = softmax_cycles(spec, held, s, spec.loop_tuned)
     moves = (
-        allreduce("norms", "x", halves(2 * held)),
-        allreduce("softmax", "x", halves(held)),
-        allreduce("softmax", "x", halves(held)),
-        allreduce("norms", "x", halves(2 * held)),
+        *all_reduces(spec, "norms", "x", halves(2 * held)) * 2,
+        *all_reduces(spec, "softmax", "x", halves(held)) * 2,
     )
     _, moved = cycles(spec, 1, columns, moves)
     elementwise = {
@@ -286,7 +290,7 @@ def block_phases(
         "rotation": calls(("fmulh", 4 * d), ("faddh", 2 * d)),
         "softmax": softmax + moved["softmax"],
         "activation": calls(("fmulh", f)) + 2 * held * f * spec.scalar_function,
-        "call of collectives": len(moves) * spec.collective_call,
+        "call of collectives": moved["call of collectives"],
     }
     for name, found in elementwise.items():
         matrices.add(name, (3 if train else 1) * found)
@@ -304,15 +308,11 @@ def end_phases(
     if not b.vocab_size:
         return {}
     d, v = share(b.n_embd, rows), share(b.vocab_size, columns)
-    reduced, _ = cycles(
-        spec, rows, columns, (allreduce("head", "y", halves(v) * requests),), groups
-    )
-    head = requests * product_cycles(spec, 1, d, v, 2) + reduced
+    moves = all_reduces(spec, "head", "y", halves(v) * requests)
+    head = requests * product_cycles(spec, 1, d, v, 2)
+    head += len(moves) // 2 * cycles(spec, rows, columns, moves[:2], groups)[0]  # parts are alike
     flood = halves(d) * requests + columns * spec.hop + 2 * spec.ramp
-    return {
-        "embedding": spec.collective_call + flood,
-        "output head": spec.collective_call + head,
-    }
+    return {"embedding": spec.collective_call + flood, "output head": head}
 
 
 def read_phases(

@@ -75,11 +75,13 @@ class Need:
     fixed: int
     kept: int = 0
 
-    def advice(self, spec: WaferSpec, mode: str, parallel: str, recompute: bool) -> str:
+    def advice(self, spec, cores: int, mode: str, parallel: str, recompute: bool) -> str:
         """What would help where it does not fit."""
         limit = spec.sram_bytes - spec.sram_reserved
         times = math.ceil((self.total - self.fixed) / (limit - self.fixed))
         others = [f"{times} times the cores would hold it"]
+        if times * cores > spec.rows * spec.columns:
+            others[0] += ", more than the wafer has"
         if parallel != "streaming":
             others.append("or parallel='streaming'")
         if mode == "train" and not recompute:
@@ -90,11 +92,22 @@ class Need:
 
 
 def need_of(
-    spec, b, place, mode, parallel, batch, context, tokens, micro, recompute, moving
+    spec: WaferSpec,
+    b: Block,
+    place,
+    *,
+    mode: str,
+    parallel: str,
+    batch: int,
+    context: int,
+    tokens: int,
+    micro: int,
+    moving: int,
+    recompute: bool,
 ) -> Need:
     """Of a core of the place; in a pipeline of its stages, or of embedding and head.
 
-    tokens: in flight at once, of a micro-batch. moving: bytes of a product's tiles on their way.
+    tokens: of one of `micro` micro-batches. moving: bytes of a product's tiles on their way.
     """
     fixed, kept = spec.decoder_code_bytes + spec.stack_bytes, 0
     core, end = Held(b, *place.sides), Held(b, *place.ends)

@@ -219,7 +219,7 @@ def estimate(
         tokens = share(own, micro)
         micro = share(own, tokens)
         if tokens < place.sides[0]:
-            notes.append(f"{tokens} tokens at once leave rows of cores empty: decode takes fewer")
+            notes.append(f"{tokens} tokens at once leave rows of cores empty")
         given = (spec, b, place, tokens, context, batch, density, mode, recompute)
         by_name, moving = _read(*given)
         ends = read_phases(spec, b, *place.ends, tokens, density, train)
@@ -248,7 +248,9 @@ def estimate(
             phases["waiting for weights"] = stream - total
             total = stream
 
-    need = need_of(spec, b, place, mode, parallel, batch, context, tokens, micro, recompute, moving)
+    ways = {"mode": mode, "parallel": parallel, "recompute": recompute}
+    sizes = {"batch": batch, "context": context, "tokens": tokens, "micro": micro}
+    need = need_of(spec, b, place, **ways, **sizes, moving=moving)
     if train:
         notes.append(f"activations kept for the backward: {need.kept:,} B per core")
     report = Report(
@@ -267,7 +269,7 @@ def estimate(
         notes=notes,
     )
     if not report.fits:
-        report.notes.append(need.advice(spec, mode, parallel, recompute))
+        report.notes.append(need.advice(spec, grid[0] * grid[1], mode, parallel, recompute))
     return report
 
 
