@@ -314,6 +314,10 @@ def test_shifting_the_cache_uses_every_row():
         ({"grid": (4,)}, r"grid must be \(rows, columns\) of cores, got \(4,\)"),
         ({"grid": "64x64"}, r"grid must be \(rows, columns\) of cores, got '64x64'"),
         ({"groups": 0}, "groups must be a positive integer, got 0"),
+        ({"groups": 65}, "groups must be at most 64, the grid's longer side, got 65"),
+        ({"batch": True}, "batch must be a positive integer, got True"),
+        ({"context": None}, "context must be a positive integer, got None"),
+        ({"density": "half"}, r"density must be in \(0, 1\], got 'half'"),
         ({"recompute": True}, "recompute needs mode='train', got mode='decode'"),
     ],
     ids=str,
@@ -323,8 +327,11 @@ def test_bad_estimates_are_named(options, message):
         estimate(SMALL, **{"grid": (64, 64), **options})
     with pytest.raises(TypeError, match="must be a GPTConfig or a wafer Block, got dict"):
         estimate({}, grid=(4, 4))
-    with pytest.raises(ValueError, match=r"config\.n_layer must be a positive"):
-        estimate(replace(BLOCK, n_layer=0), grid=(4, 4))
+    for made in (estimate, longest_decode):
+        with pytest.raises(ValueError, match=r"config\.n_layer must be a positive"):
+            made(replace(BLOCK, n_layer=0), grid=(4, 4))
+        with pytest.raises(ValueError, match=r"config\.vocab_size must be a whole"):
+            made(replace(BLOCK, vocab_size=-1), grid=(4, 4))
 
 
 # ---- validation ---------------------------------------------------------------------------------

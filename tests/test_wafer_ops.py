@@ -1,6 +1,7 @@
 """Ops on the modelled grid: the same numbers as elsewhere, on every grid; the tiny model's text."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -293,3 +294,56 @@ def test_bad_products_are_named(options, message):
         options["b"] = torch.zeros(40, 400)
     with pytest.raises(ValueError, match=message):
         ck.wafer.gemm(options.pop("a"), options.pop("b"), **options)
+
+
+x = torch.zeros(4, 4)
+CALLS = {
+    "wafer.gemm": lambda **given: ck.wafer.gemm(x, x, **given),
+    "wafer.gemv": lambda **given: ck.wafer.gemv(x[0], x, **given),
+    "wafer.layer_norm": lambda **given: ck.wafer.layer_norm(x, x[0], **given),
+    "wafer.attention": lambda **given: ck.wafer.attention(*[x[None, None]] * 3, **given),
+    "estimate": lambda **given: ck.wafer.estimate(ck.wafer.Block(8, 8), **given),
+    "longest_decode": lambda **given: ck.wafer.longest_decode(ck.wafer.Block(8, 8), **given),
+    "record": lambda **given: ck.wafer.record(**given).__enter__(),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_bad_machine_and_a_bad_grid_are_named(op):
+    with pytest.raises(TypeError, match=f"^{op}: spec must be a WaferSpec .* got 'wse2'$"):
+        CALLS[op](grid=(4, 4), spec="wse2")
+    for grid in (5, None, "4x4", (4,)):
+        named = re.escape(f"{op}: grid must be (rows, columns) of cores, got {grid!r}")
+        with pytest.raises(ValueError, match=f"^{named}$"):
+            CALLS[op](grid=grid)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ck.wafer.layer_norm(x, None, grid=(2, 2)),
+        lambda: ck.wafer.layer_norm(x, x[0], grid=(2, 2), eps="small"),
+        lambda: ck.wafer.attention(*[x[None, None]] * 3, grid=(2, 2), scale="big"),
+        lambda: ck.wafer.attention(*[x[None, None]] * 2, x[None, None].half(), grid=(2, 2)),
+    ],
+)
+def test_wrong_kinds_of_arguments_are_named_in_a_line(call):
+    with pytest.raises(
+        TypeError, match=r"^wafer\.\w+: (weight|eps|scale|v) must be .*, got '?\w+'?$"
+    ):
+        call()
+
+
+@pytest.mark.parametrize("M, K, N", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)])
+def test_nothing_to_work_on_takes_no_cycles(M, K, N):
+    a, b, g = torch.ones(M, K), torch.ones(K, N), {"grid": (2, 2)}
+    heads = torch.ones(1, M, N, K)
+    for wanted, (y, report) in (
+        (a @ b, ck.wafer.gemm(a, b, **g)),
+        (a @ b, ck.wafer.gemm(a, b.t(), transposed_b=True, **g)),
+        (torch.zeros_like(heads), ck.wafer.attention(heads, heads, heads, **g)),
+        *([] if K and N else [(torch.ones(K) @ b, ck.wafer.gemv(torch.ones(K), b, **g))]),
+        *([] if M and K else [(a, ck.wafer.layer_norm(a, torch.ones(K), **g))]),
+    ):
+        assert torch.equal(y, wanted) and report.cycles == 0 and report.utilization == 0
+        assert "empty" in str(report)

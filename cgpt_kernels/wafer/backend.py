@@ -20,7 +20,7 @@ from .ops import (
     layer_norm_report,
 )
 from .report import Report
-from .spec import WSE2, WaferSpec
+from .spec import WSE2, WaferSpec, check_grid
 from .tiled_attention import tiled_attention
 
 
@@ -58,7 +58,7 @@ SIDE = 32  # of the grid on which backend="wafer" runs outside of `record`
 @contextmanager
 def record(*, spec: WaferSpec = WSE2, grid: tuple[int, int] = (SIDE, SIDE)):
     """Collect a report of every op that runs on backend "wafer" within the block."""
-    spec.check_grid("record", *grid)
+    check_grid("record", spec, grid)
     recording = Recording(spec, grid)
     _recordings.append(recording)
     try:

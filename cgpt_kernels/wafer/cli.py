@@ -188,7 +188,7 @@ def gemm_command(
     """
     from .. import checks
     from .ops import gemm_report, transposed_report
-    from .spec import preset
+    from .spec import check_grid, preset
     from .tiles import ALGORITHMS
     from .whatif import of_gemm
 
@@ -196,7 +196,7 @@ def gemm_command(
     checks.is_choice("wafer", "--algorithm", algorithm, (*ALGORITHMS, "all"))
     checks.is_choice("wafer", "--dtype", dtype, ("fp16", "fp32"))
     machine, (rows, columns) = preset(spec), _pair("grid", grid)
-    machine.check_grid("wafer", rows, columns)
+    check_grid("wafer", machine, (rows, columns))
     itemsize = 2 if dtype == "fp16" else 4
     names = ALGORITHMS if algorithm == "all" else (algorithm,)
     log = LOGGED if trace or html else 0
@@ -299,7 +299,7 @@ def sweep_command(
     from .collectives import collective
     from .model import estimate
     from .ops import gemm_report
-    from .spec import preset
+    from .spec import check_grid, preset
     from .sweep import as_csv, sweep
     from .tiles import ALGORITHMS
 
@@ -321,7 +321,7 @@ def sweep_command(
 
         def make(spec, grid, algorithm):
             machine = preset(spec)
-            machine.check_grid("wafer", *grid)
+            check_grid("wafer", machine, grid)
             if algorithm not in ALGORITHMS:
                 raise ValueError(
                     f"wafer: algorithm must be among {', '.join(ALGORITHMS)}, got {algorithm!r}"

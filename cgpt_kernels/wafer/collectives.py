@@ -19,7 +19,7 @@ from .. import checks
 from .engine import Run, report_of, run
 from .program import ADVANCE_OWN, EAST, NORTH, NOWHERE, RAMP, SOUTH, WEST, Code, Program, at
 from .report import Report
-from .spec import WSE2, WaferSpec
+from .spec import WSE2, WaferSpec, check_grid
 from .wires import Wires
 
 KINDS = ("broadcast", "reduce", "allreduce")
@@ -348,9 +348,7 @@ def simulate(kind, algorithm, shape, words, spec, relay="instruction", groups=No
     known = {"broadcast": ("flood",), "reduce": REDUCES, "allreduce": ("ring", *REDUCES)}[kind]
     checks.is_choice(op, "algorithm", algorithm, ("auto", *known))
     checks.is_choice(op, "relay", relay, RELAYS)
-    if not isinstance(spec, WaferSpec):
-        raise TypeError(f"{op}: spec must be a WaferSpec like ck.wafer.WSE2, got {spec!r}")
-    spec.check_grid(op, *(shape if isinstance(shape, tuple | list) else (shape,)))
+    check_grid(op, spec, shape, "shape")
     rows, columns = shape
     checks.in_range(op, "words", words, type(words) is int and words > 0, "a positive integer")
     P = max(rows, columns)

@@ -30,7 +30,7 @@ from .blocks import (
 from .memory import Held, need_of
 from .phases import cycles, per_core
 from .report import Report
-from .spec import WSE2, WaferSpec
+from .spec import WSE2, WaferSpec, check_grid, is_number
 
 __all__ = [
     "LLAMA3_8B",
@@ -147,20 +147,27 @@ def _read(spec, b, place: Place, tokens: int, context: int, batch: int, density,
     return by_name, moving
 
 
+def _check_place(op: str, b: Block, spec: WaferSpec, grid) -> None:
+    check_grid(op, spec, grid)
+    for name in ("n_embd", "n_inner", "n_layer", "kv", "vocab_size"):
+        value, least = getattr(b, name), int(name != "vocab_size")  # 0: no head
+        ok = is_number(value, True) and value >= least
+        wanted = "a positive integer" if least else "a whole number, at least 0"
+        checks.in_range(op, f"config.{name}", value, ok, wanted)
+
+
 def _check(op, b, spec, grid, mode, parallel, density, recompute, **counts) -> None:
     checks.is_choice(op, "mode", mode, MODES)
     checks.is_choice(op, "parallel", parallel, PARALLEL)
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise ValueError(f"{op}: grid must be (rows, columns) of cores, got {grid!r}")
-    spec.check_grid(op, *grid)
+    _check_place(op, b, spec, grid)
     for name, value in counts.items():
-        ok = value is None or (isinstance(value, int) and value > 0)
+        ok = (is_number(value, True) and value > 0) or (name == "groups" and value is None)
         checks.in_range(op, name, value, ok, "a positive integer")
-    for name in ("n_embd", "n_inner", "n_layer", "kv"):
-        value = getattr(b, name)
-        ok = isinstance(value, int) and value > 0
-        checks.in_range(op, f"config.{name}", value, ok, "a positive integer")
-    checks.in_range(op, "density", density, 0 < density <= 1, "in (0, 1]")
+    groups, most = counts["groups"], max(grid)
+    ok = groups is None or groups <= most
+    checks.in_range(op, "groups", groups, ok, f"at most {most}, the grid's longer side")
+    ok = is_number(density, False) and 0 < density <= 1
+    checks.in_range(op, "density", density, ok, "in (0, 1]")
     if density != 1.0 and parallel != "streaming":
         raise ValueError(f"{op}: density needs parallel='streaming', which alone skips zeros")
     if recompute and mode != "train":
@@ -295,7 +302,7 @@ def longest_decode(config, *, spec: WaferSpec = WSE2, grid: tuple[int, int]) -> 
     full row passes its oldest block one row up, so all rows fill together.
     """
     b = block_of(config)
-    spec.check_grid("longest_decode", *grid)
+    _check_place("longest_decode", b, spec, grid)
     core = Held(b, *grid)
     free = spec.sram_bytes - spec.sram_reserved - spec.decoder_code_bytes - spec.stack_bytes
     free -= core.decode(b.n_layer, b.n_layer, True, 0, 1)

@@ -24,7 +24,7 @@ from .blocks import softmax_cycles, turned_cycles
 from .engine import report_of, run
 from .phases import allreduce, local, shift
 from .report import Report
-from .spec import WSE2, WaferSpec
+from .spec import WSE2, WaferSpec, check_grid
 from .tiled_attention import tiled_attention
 from .tiles import (
     ALGORITHMS,
@@ -58,7 +58,7 @@ def _panels(n: int, P: int) -> Iterator[slice]:
 
 
 def _check_matrix(op, name, t, letters):
-    checks.is_tensor(op, name, t)
+    checks.is_tensor(op, name, t, numpy=False)
     checks.has_dtype(op, name, t, *KERNEL_DTYPES)
     checks.has_rank(op, name, t, 2, letters)
 
@@ -69,6 +69,11 @@ def _fits(op: str, spec: WaferSpec, words: int) -> None:
             f"{op}: core (px 0, py 0) needs {4 * words} B for its tiles, {spec.name} leaves "
             f"{spec.data_bytes} B of {spec.sram_bytes} B; use a larger grid"
         )
+
+
+def _nothing(what: str, *sizes: int, spec: WaferSpec, grid: tuple[int, int]) -> Report:
+    """The report of an op that has no numbers to work on: no cycles."""
+    return Report(f"{what} {' x '.join(map(str, sizes))}, empty", spec, *grid, 0.0)
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -102,14 +107,16 @@ def gemm(
     K, N = a.shape[1], b.shape[0 if transposed_b else 1]
     checks.has_shape(op, "b", b, (N, K) if transposed_b else (K, N), letters)
     checks.is_choice(op, "algorithm", algorithm, ("mesh",) if transposed_b else ALGORITHMS)
-    spec.check_grid(op, *grid)
+    check_grid(op, spec, grid)
     sizes = (a.shape[0], K, N, a.element_size())
+    y = a.new_zeros(a.shape[0], N)
+    if not y.numel() or not K:
+        return y, _nothing("gemm", *sizes[:3], spec=spec, grid=grid)
     if transposed_b:
         report = transposed_report(*sizes, tuple(grid), spec)
     else:
         report = gemm_report(*sizes, tuple(grid), algorithm, spec)
         check_schedule(algorithm, *grid)
-    y = a.new_empty(a.shape[0], N)
     _product(a, b, None, None, y, "none", not transposed_b, grid[1])
     return y, report
 
@@ -190,15 +197,17 @@ def gemv(
     "ktree", the same in about sqrt(P) groups and then between these. Returns [N] and the report.
     """
     op = "wafer.gemv"
-    checks.is_tensor(op, "x", x)
+    checks.is_tensor(op, "x", x, numpy=False)
     checks.has_rank(op, "x", x, 1, "(K,)")
     _check_matrix(op, "w", w, "(K, N)")
     checks.has_dtype(op, "x", x, w.dtype, why=" as w")
     checks.has_shape(op, "w", w, (x.shape[0], w.shape[1]), "(K, N)")
     checks.is_choice(op, "algorithm", algorithm, REDUCTIONS)
-    spec.check_grid(op, *grid)
-    report = gemv_report(1, x.shape[0], w.shape[1], x.element_size(), grid, algorithm, spec)
-    y = x.new_empty(1, w.shape[1])
+    check_grid(op, spec, grid)
+    y = x.new_zeros(1, w.shape[1])
+    if not w.numel():
+        return y[0], _nothing("gemv", 1, *w.shape, spec=spec, grid=grid)
+    report = gemv_report(1, *w.shape, x.element_size(), grid, algorithm, spec)
     _product(x[None], w, None, None, y, "none", True, grid[1])
     return y[0], report
 
@@ -245,10 +254,16 @@ def layer_norm(
     """Rows of x [rows, C] over the rows of cores, C over the columns: moments reduced along x."""
     op = "wafer.layer_norm"
     _check_matrix(op, "x", x, "(rows, C)")
-    checks.has_shape(op, "weight", weight, (x.shape[1],), "(C,)")
-    spec.check_grid(op, *grid)
-    report = layer_norm_report(*x.shape, x.element_size(), grid, spec)
+    for name, t in (("weight", weight), ("bias", bias)):
+        checks.is_tensor(op, name, t, optional=name == "bias", numpy=False)
+        if t is not None:
+            checks.has_shape(op, name, t, (x.shape[1],), "(C,)")
+    checks.is_number(op, "eps", eps)
+    check_grid(op, spec, grid)
     y = torch.empty_like(x)
+    if not x.numel():
+        return y, _nothing("layer_norm", *x.shape, spec=spec, grid=grid)
+    report = layer_norm_report(*x.shape, x.element_size(), grid, spec)
     _norm_rows(x, None, weight, bias, y, None, None, None, eps, grid[0])
     return y, report
 
@@ -308,18 +323,21 @@ def attention(
     """
     op = "wafer.attention"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        checks.is_tensor(op, name, t)
+        checks.is_tensor(op, name, t, numpy=False)
         checks.has_dtype(op, name, t, *KERNEL_DTYPES)
+        checks.has_dtype(op, name, t, q.dtype, why=" as q")
         checks.has_rank(op, name, t, 4, "(B, H, S, D)")
-    B, H, _, D = q.shape
+    B, H, S, D = q.shape
     checks.has_shape(op, "k", k, (B, H, k.shape[2], D), "(B, H, S_k, D)")
     checks.has_shape(op, "v", v, k.shape, "the shape of k")
-    spec.check_grid(op, *grid)
+    checks.is_number(op, "scale", scale, optional=True)
+    check_grid(op, spec, grid)
+    out = torch.zeros_like(q)
+    if not q.numel() or not k.numel():
+        return out, _nothing("attention", B, H, S, k.shape[2], D, spec=spec, grid=grid)
     report = attention_report(q.shape, k.shape[2], q.element_size(), grid, spec)
     scale = D**-0.5 if scale is None else scale
-    out = torch.zeros_like(q)
-    if q.numel() and k.shape[2]:
-        tiled_attention(q, k, v, None, None, None, out, None, scale, causal, grid)
+    tiled_attention(q, k, v, None, None, None, out, None, scale, causal, grid)
     return out, report
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .spec import WaferSpec
+from .spec import WaferSpec, check_grid
 
 NORTH, EAST, SOUTH, WEST, RAMP = range(5)
 OPPOSITE = (SOUTH, WEST, NORTH, EAST, RAMP)
@@ -175,7 +175,7 @@ class Program:
     """
 
     def __init__(self, spec: WaferSpec, rows: int, columns: int, phases=("all",), words: int = 0):
-        spec.check_grid("wafer", rows, columns)
+        check_grid("wafer", spec, (rows, columns))
         self.spec, self.rows, self.columns = spec, rows, columns
         self.phases, self.words = tuple(phases), words
         self.classes: dict = {}

@@ -36,7 +36,8 @@ _BOUNDS = {
 }  # fmt: skip
 
 
-def _is_number(value, whole: bool) -> bool:
+def is_number(value, whole: bool) -> bool:
+    """Of Python's own kinds; True and False are none."""
     return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
@@ -93,7 +94,7 @@ class WaferSpec:
                 continue
             value, whole = getattr(self, f.name), f.type == "int"
             low, high = _BOUNDS.get(f.name, (0, math.inf))
-            if not _is_number(value, whole) or not low <= value <= high or value == math.inf:
+            if not is_number(value, whole) or not low <= value <= high or value == math.inf:
                 wanted = f"at least {low}" if high == math.inf else f"in {low}..{high}"
                 wanted = f"a whole number, {wanted}" if whole else wanted
                 raise ValueError(f"WaferSpec: {f.name} must be {wanted}, got {value!r}")
@@ -101,7 +102,7 @@ class WaferSpec:
         if missing:
             raise ValueError(f"WaferSpec: rates must name {', '.join(missing)} too")
         for name, rate in self.rates.items():
-            if not _is_number(rate, True) or rate < 1:
+            if not is_number(rate, True) or rate < 1:
                 raise ValueError(
                     f"WaferSpec: rates of {name!r} must be a positive whole number, got {rate!r}"
                 )
@@ -124,15 +125,6 @@ class WaferSpec:
 
     def seconds(self, cycles: float) -> float:
         return cycles / self.clock_hz
-
-    def check_grid(self, op: str, *grid: int) -> None:
-        """ValueError unless the usable rectangle holds a grid of (rows, columns) cores."""
-        sides = zip(grid, (self.rows, self.columns), strict=False)
-        if len(grid) != 2 or not all(_is_number(n, True) and 0 < n <= most for n, most in sides):
-            raise ValueError(
-                f"{op}: grid must be (rows, columns) within {self.name}'s usable "
-                f"({self.rows}, {self.columns}) cores, got ({', '.join(map(str, grid))})"
-            )
 
     def vector_cycles(
         self,
@@ -281,3 +273,17 @@ def preset(name: str) -> WaferSpec:
     if key not in PRESETS:
         raise ValueError(f"wafer: spec must be {' or '.join(PRESETS)}, got {name!r}")
     return PRESETS[key]
+
+
+def check_grid(op: str, spec: WaferSpec, grid: tuple[int, int], name: str = "grid") -> None:
+    """TypeError unless spec is a machine; ValueError unless it holds (rows, columns) of cores."""
+    if not isinstance(spec, WaferSpec):
+        raise TypeError(f"{op}: spec must be a WaferSpec like ck.wafer.WSE2, got {spec!r}")
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise ValueError(f"{op}: {name} must be (rows, columns) of cores, got {grid!r}")
+    sides = zip(grid, (spec.rows, spec.columns), strict=True)
+    if not all(is_number(n, True) and 0 < n <= most for n, most in sides):
+        raise ValueError(
+            f"{op}: {name} must be (rows, columns) within {spec.name}'s usable "
+            f"({spec.rows}, {spec.columns}) cores, got ({', '.join(map(str, grid))})"
+        )

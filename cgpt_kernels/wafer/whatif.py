@@ -12,7 +12,7 @@ from .collectives import REDUCES, collective, formula
 from .model import PARALLEL, estimate
 from .ops import gemm_report
 from .report import Report
-from .spec import PRESETS, WaferSpec
+from .spec import PRESETS, WaferSpec, check_grid
 from .tiles import ALGORITHMS
 
 Answers = dict[str, list[Report]]
@@ -60,7 +60,7 @@ def of_gemm(M, K, N, itemsize, grid, algorithm: str, spec: WaferSpec) -> Answers
     """Other algorithms, another machine, other grids."""
 
     def make(grid=grid, algorithm=algorithm, spec=spec):
-        spec.check_grid("wafer", *grid)
+        check_grid("wafer", spec, grid)
         return gemm_report(M, K, N, itemsize, grid, algorithm, spec)
 
     others = [name for name in ALGORITHMS if name != algorithm]
