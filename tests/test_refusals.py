@@ -54,6 +54,15 @@ def test_ops_refuse_values_of_another_kind(names, op, args, options, backend):
     refused(lambda: getattr(ck.ops, op)(*args, **options, backend=backend), names)
 
 
+@pytest.mark.parametrize(
+    "op,args", [(case[1], case[2]) for case in OPS if case[2][0] is not ragged]
+)
+def test_a_backend_that_is_no_name_is_told(op, args):
+    refused(
+        lambda: getattr(ck.ops, op)(*args, backend=["cpu"]), f"{op}: backend must be 'auto', 'cpu'"
+    )
+
+
 def test_numpy_arrays_of_any_layout_are_read():
     a, w = np.random.default_rng(0).random((2, 8, 16), dtype=np.float32)
     expected = ck.ops.gemm(a, w)

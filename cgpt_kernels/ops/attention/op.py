@@ -94,11 +94,11 @@ def attention(
         and undisturbed()
         and q.is_cpu
     ):
-        kernel = _lean.get((backend, q.dtype))
-        if kernel is not None and q.ndim == 4 and dropout_p == 0.0 and seed is None:
-            if scale is None:
-                scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
-            try:
+        try:
+            kernel = _lean.get((backend, q.dtype))
+            if kernel is not None and q.ndim == 4 and dropout_p == 0.0 and seed is None:
+                if scale is None:
+                    scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
                 if torch.is_grad_enabled() and (
                     q.requires_grad
                     or k.requires_grad
@@ -119,8 +119,8 @@ def attention(
                     scale, causal, 0.0, 0,
                 )  # fmt: skip
                 return out
-            except REFUSALS:
-                pass  # the general path says why, or copies strides the kernel cannot read
+        except REFUSALS:
+            pass  # the general path says why, or copies strides the kernel cannot read
     return _general(
         q, k, v, causal, key_padding_mask, attn_bias, alibi_slopes, scale, dropout_p, seed, backend
     )

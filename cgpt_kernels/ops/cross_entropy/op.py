@@ -74,9 +74,9 @@ def linear_cross_entropy(
         and undisturbed()
         and x.is_cpu
     ):
-        kernel = _lean.get((backend, x.dtype))
-        if kernel is not None and reduction in reference.REDUCTIONS:
-            try:
+        try:
+            kernel = _lean.get((backend, x.dtype))
+            if kernel is not None and reduction in reference.REDUCTIONS:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
                     or weight.requires_grad
@@ -97,8 +97,8 @@ def linear_cross_entropy(
                     loss = _empty_like(_SCALAR)
                     _reduced(x, weight, bias, target, loss, *options, reduction == "mean")
                 return loss
-            except REFUSALS:
-                pass  # the general path says why, or copies strides the kernel cannot read
+        except REFUSALS:
+            pass  # the general path says why, or copies strides the kernel cannot read
     return _general(x, weight, target, bias, ignore_index, reduction, label_smoothing, backend)
 
 

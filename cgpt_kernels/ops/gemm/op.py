@@ -113,9 +113,9 @@ def gemm(
         and undisturbed()
         and x.is_cpu
     ):
-        kernel = _lean.get((backend, x.dtype))
-        if kernel is not None and weight_layout in reference.LAYOUTS:
-            try:
+        try:
+            kernel = _lean.get((backend, x.dtype))
+            if kernel is not None and weight_layout in reference.LAYOUTS:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
                     or weight.requires_grad
@@ -134,8 +134,8 @@ def gemm(
                     # the binding allocates y: 0.25 us less than asking for its shape here
                     kn = weight_layout == "kn"
                     return kernel(x, weight, bias, residual, None, activation or "none", kn)
-            except REFUSALS:
-                pass  # the general path says why, or copies strides the kernel cannot read
+        except REFUSALS:
+            pass  # the general path says why, or copies strides the kernel cannot read
     options = activation, weight_layout, dropout_p, seed, backend
     if type(weight) is packed.PackedWeight:
         return packed.gemm(x, weight, bias, residual, *options)

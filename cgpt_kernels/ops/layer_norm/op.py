@@ -72,9 +72,9 @@ def layer_norm(
         and undisturbed()
         and x.is_cpu
     ):
-        kernel = _lean.get((backend, x.dtype))
-        if kernel is not None:
-            try:
+        try:
+            kernel = _lean.get((backend, x.dtype))
+            if kernel is not None:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
                     or weight.requires_grad
@@ -84,8 +84,8 @@ def layer_norm(
                 y = _empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
                 kernel(x, None, weight, bias, y, None, None, None, eps)
                 return y
-            except REFUSALS:
-                pass  # the general path says why, or copies strides the kernel cannot read
+        except REFUSALS:
+            pass  # the general path says why, or copies strides the kernel cannot read
     return _general("layer_norm", x, None, weight, bias, eps, backend)
 
 
@@ -114,9 +114,9 @@ def add_layer_norm(
         and undisturbed()
         and x.is_cpu
     ):
-        kernel = _lean.get((backend, x.dtype))
-        if kernel is not None:
-            try:
+        try:
+            kernel = _lean.get((backend, x.dtype))
+            if kernel is not None:
                 if torch.is_grad_enabled() and (
                     x.requires_grad
                     or residual.requires_grad
@@ -128,8 +128,8 @@ def add_layer_norm(
                 total = _empty_like(y)
                 kernel(x, residual, weight, bias, y, total, None, None, eps)
                 return y, total
-            except REFUSALS:
-                pass  # the general path says why, or copies strides the kernel cannot read
+        except REFUSALS:
+            pass  # the general path says why, or copies strides the kernel cannot read
     return _general("add_layer_norm", x, residual, weight, bias, eps, backend)
 
 
