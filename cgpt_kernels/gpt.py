@@ -416,7 +416,14 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats, fp32. x: what `hidden_states` gives, [B, S, C]; targets as in
         forward."""
         logits = self.lm_head(x).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        try:
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        except IndexError:  # torch has looked at them already, and names neither argument nor range
+            V = self.config.vocab_size
+            bad = targets[((targets < 0) & (targets != -100)) | (targets >= V)]
+            raise ValueError(
+                f"GPT: targets must lie in [0, {V}) = vocab_size or be -100, got {int(bad[0])}"
+            ) from None
 
     def _check_inputs(self, input_ids, attention_mask, position_ids, cache, targets=None):
         past = 0 if cache is None else cache.length

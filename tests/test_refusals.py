@@ -112,6 +112,13 @@ def test_the_models_forward_refuses_and_its_cache_stays(replaced):
         ("GPT: position_ids must be int64", ids, {"position_ids": ids.float()}),
         ("GPT: targets must have shape (2, 6)", ids, {"targets": ids[:, :5]}),
         ("GPT: targets must be int64", ids, {"targets": ids.float()}),
+        (
+            "linear_cross_entropy: target[0] must be in [0, 50)"
+            if replaced
+            else "GPT: targets must lie in [0, 50) = vocab_size or be -100, got 50",
+            ids,
+            {"targets": ids + 50},
+        ),
     ):
         given = options if "targets" in options else options | {"cache": cache}
         refused(lambda bad=bad, given=given: m(bad, **given), names)
