@@ -7,6 +7,7 @@ GPT-2 stores its projections as Conv1D, [in, out]; the tensors given and taken h
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -41,6 +42,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """All tensors of `expected` (name: shape) but the tied "lm_head.weight", checked.
 
+    dtype: None keeps what is stored. A product takes one dtype, so where several are stored, all
+    get the one that config.json names, or the narrowest that holds them all.
     Raises ValueError naming the file and what is missing, unexpected or of another shape.
     """
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
@@ -63,6 +66,15 @@ def read_weights(
                 )
             kept = dtype if dtype and t.is_floating_point() else t.dtype
             weights[name] = (t.t() if _is_conv1d(name) else t).to(kept).contiguous()
+    stored = {t.dtype for t in weights.values() if t.is_floating_point()}
+    if len(stored) > 1:
+        config, _ = read_config(path)
+        named = str(config.get("dtype", config.get("torch_dtype")))
+        kept = {str(d).removeprefix("torch."): d for d in _DTYPES}.get(named)
+        kept = kept or functools.reduce(torch.promote_types, stored)
+        for name, t in weights.items():
+            if t.is_floating_point():
+                weights[name] = t.to(kept)
     head = weights.pop("lm_head.weight", None)
     missing = [n for n in expected if n not in weights and n != "lm_head.weight"]
     if missing:

@@ -533,7 +533,9 @@ class GPT(nn.Module):
         """Load a Hugging Face GPT-2 folder in eval mode: config.json, safetensors or an older
         pytorch_model.bin, sharded or not.
 
-        dtype: None keeps what is stored. Raises ValueError naming the file and the field or tensor.
+        dtype: None keeps what is stored; where that is of several dtypes, config.json's, or the
+            narrowest that holds them all.
+        Raises ValueError naming the file and the field or tensor.
         """
         fields, where = checkpoint.read_config(path)
         if "quantization_config" in fields:

@@ -241,6 +241,33 @@ def test_save_and_load_is_bit_exact(tmp_path, config, dtype):
     )
 
 
+@pytest.mark.parametrize(
+    "named,kept",
+    [("bfloat16", torch.bfloat16), (None, torch.float32), ("int8", torch.float32)],
+)
+def test_weights_of_several_dtypes_load_in_one(tmp_path, named, kept):
+    """Layer norms in fp32 beside 16-bit projections, as mixed precision writes them."""
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, t in stored.items():
+        t = t if ".ln_" in name else t.to(torch.float16 if "wpe" in name else torch.bfloat16)
+        stored[name] = t
+    save_file(stored, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    if named is not None:
+        config["torch_dtype"] = named
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    back = ck.GPT.from_pretrained(tmp_path)
+    assert {p.dtype for p in back.parameters()} == {kept}
+    for name, p in model.named_parameters():
+        assert torch.equal(back.state_dict()[name], p.to(stored[name].dtype).to(kept)), name
+    assert back(random_ids()).isfinite().all()
+    wide = ck.GPT.from_pretrained(tmp_path, dtype=torch.float64)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+
+
 def test_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     model = random_model()
     model.save_pretrained(tmp_path)
