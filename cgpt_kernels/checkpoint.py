@@ -117,6 +117,14 @@ def check_folder(command: str, path: str | os.PathLike, model: str | os.PathLike
         raise ValueError(f"{command}: --out must be writable, {there} is not")
 
 
+def check_not_quantized(command: str, model: str | os.PathLike) -> None:
+    """ValueError where the weights of a command's --model are quantized."""
+    if "quantization_config" in read_config(model)[0]:
+        raise ValueError(
+            f"{command}: {model} is quantized already: --model must be the folder it was made from"
+        )
+
+
 def copy_tokenizer(source: str | os.PathLike, path: str | os.PathLike) -> None:
     """Copy whatever tokenizer files one folder has into another."""
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):

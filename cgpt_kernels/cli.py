@@ -263,6 +263,7 @@ def quantize_command(
 
     folder = _model_folder(model)
     checkpoint.check_folder("quantize", out, folder)
+    checkpoint.check_not_quantized("quantize", folder)
     tokenizer = read_tokenizer(folder, "quantize")
     texts = [quantize.read_text(file) for file in text or ()]
     console = _console()

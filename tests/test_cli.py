@@ -368,5 +368,8 @@ def test_quantize_tells_what_is_wrong(folder, tmp_path):
     assert "is quantized already" in fails(
         "generate", "--model", tmp_path / "q", "--prompt", "x", "--quantize", "int8"
     )
+    for name in ("quantize", "prune"):
+        told = fails(name, "--model", tmp_path / "q", "--out", tmp_path / "x")
+        assert f"{name}: {tmp_path / 'q'} is quantized already: --model must be" in told
     with pytest.raises(ValueError, match="quantization_config"):
         ck.GPT.from_pretrained(tmp_path / "q")

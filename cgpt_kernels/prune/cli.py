@@ -42,6 +42,7 @@ def prune_command(
 
     folder = TINY if model == "tiny" else Path(model)
     checkpoint.check_folder("prune", out, folder)
+    checkpoint.check_not_quantized("prune", folder)
     tokenizer = read_tokenizer(folder, "prune")
     loaded = GPT.from_pretrained(folder)
     console = Console()
