@@ -121,6 +121,33 @@ def test_prefill_uses_the_whole_rectangle():
         assert report.cycles < square.cycles
 
 
+@pytest.mark.parametrize("parallel", ["tensor", "sequence", "streaming"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_longer_rectangle_is_never_slower_than_its_square(mode, parallel):
+    options = {"mode": mode, "parallel": parallel, "context": 64}
+    block = replace(BLOCK, n_layer=1)
+    square = estimate(block, grid=(16, 16), **options)
+    assert square.fits
+    for grid in ((16, 17), (17, 16), (16, 40), (90, 16)):
+        report = estimate(block, grid=grid, **options)
+        assert report.cycles <= square.cycles and (report.rows, report.columns) == grid
+        if report.notes and "runs on 16 x 16 of the cores: " in report.notes[0]:
+            assert report.cycles == square.cycles and 0 < report.utilization < square.utilization
+
+
+def test_a_smaller_grid_that_is_faster_is_named():
+    small, large = (estimate(BLOCK, grid=(n, n), context=64) for n in (32, 64))
+    assert large.notes[-1] == f"faster on a smaller grid: {small.cycles:,.0f} cycles on 32 x 32"
+    options = {"grid": (16, 90), "mode": "prefill", "context": 64}
+    fits, full = (estimate(replace(BLOCK, n_layer=n), **options) for n in (4, 60))
+    assert fits.notes[0].startswith(
+        "runs on 16 x 16 of the cores: "
+    )  # weights fill a core of these
+    assert full.fits and full.notes[0].endswith(
+        "on 16 x 16 of the cores, but it does not fit there"
+    )
+
+
 def test_scores_cost_the_same_in_a_model_and_as_an_op():
     for grid in ((12, 12), (8, 20), (20, 8)):
         model, _ = blocks.block_phases(WSE2, BLOCK, *grid, 100, 100)

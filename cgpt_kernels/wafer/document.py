@@ -59,6 +59,10 @@ among them: chains of partial sums end at another core in each step. (`ck.wafer.
 `ck.wafer.estimate` lays matrices out with the model's width over the rows of cores and what comes
 of it over the columns, shares rounded up; tokens of a prefill or a training lie over the rows.
 
+- **Rectangle.** A product takes a step for each core of the longer side, so a longer rectangle can
+  be slower than a square. Where all of the model fits on the square of the shorter side and is
+  faster there, it runs there; the other cores idle, in the utilization too. A square is taken as
+  given: that half its side would be faster is a note. A pipeline's stages have their own shapes.
 - **Training.** Each product `A B` asks for `dC B^T` and `A^T dC`, whose sums over tokens run along
   the columns of cores. Probabilities are not kept: the scores are made again from q, k and the sums
   of rows. What is elementwise counts three times; the loss has a logit per token and entry of the

@@ -192,7 +192,9 @@ def estimate(
 
     Args:
         config: a GPTConfig, or a `Block` (gated feed-forward, RMSNorm, grouped keys).
-        grid: (rows, columns) of cores.
+        grid: (rows, columns) of cores. Products take a step for each core of the longer side, so
+            the model (not a pipeline) runs on the square of the shorter one where it fits there and
+            is faster; notes say so, and where a smaller grid would be faster still.
         mode: "decode" (one token per request), "prefill" (`context` tokens per request) or "train"
             (forward, loss and backward of batch x context tokens, without the optimizer).
         batch: requests or sequences; context: tokens each attends to.
@@ -209,7 +211,46 @@ def estimate(
     b = block_of(config)
     counts = {"batch": batch, "context": context, "micro_batches": micro_batches, "groups": groups}
     _check(op, b, spec, grid, mode, parallel, density, recompute, **counts)
-    place = _place(op, b, tuple(grid), parallel, context)
+
+    def on(rows: int, columns: int) -> Report:
+        given = (mode, batch, context, parallel, groups, density, micro_batches, recompute)
+        return _estimate(op, b, spec, (rows, columns), *given)
+
+    report = on(*grid)
+    return report if parallel == "pipeline" else _best_square(report, on)
+
+
+def _best_square(report: Report, on) -> Report:
+    """For the cores given: the report of all of them, or of the square of the shorter side where
+    it is faster and fits. Notes name it, and a square of half the side that is faster still."""
+    side = min(report.rows, report.columns)
+
+    def note(found: Report, where: str) -> str:
+        return f"{found.cycles:,.0f} cycles on {where}"
+
+    if max(report.rows, report.columns) > side:
+        square = on(side, side)
+        where = f"{side} x {side} of the cores"
+        if square.fits and square.cycles < report.cycles:
+            square.rows, square.columns = report.rows, report.columns
+            square.notes.insert(0, f"runs on {where}: {note(report, 'all of them')}")
+            report = square
+        elif square.cycles < report.cycles:
+            report.notes.insert(0, f"{note(square, where)}, but it does not fit there")
+    if report.fits and side > 1:  # where it does not fit, fewer cores hold even less
+        half = on(side // 2, side // 2)
+        if half.fits and half.cycles < report.cycles:
+            report.notes.append(
+                f"faster on a smaller grid: {note(half, f'{half.rows} x {half.columns}')}"
+            )
+    return report
+
+
+def _estimate(
+    op, b, spec, grid, mode, batch, context, parallel, groups, density, micro_batches, recompute
+) -> Report:
+    """`estimate` on exactly this grid."""
+    place = _place(op, b, grid, parallel, context)
     decode, train = mode == "decode", mode == "train"
     all_tokens = batch if decode else batch * context
     # One token cannot be cut: in decode, micro-batches are requests.
