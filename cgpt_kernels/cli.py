@@ -182,7 +182,7 @@ def generate_command(
     wanted = dtype and timing.dtype_named(dtype.value)
     if wanted is None and device == "cpu":
         wanted = torch.float32
-    folder = _model_folder(model)
+    folder = _model_folder("generate", model)
     tokenizer = read_tokenizer(folder, "generate")
     ids = torch.tensor([tokenizer.encode(prompt).ids], dtype=torch.long, device=device)
     if ids.shape[1] == 0:
@@ -261,7 +261,7 @@ def quantize_command(
     from .gpt import GPT
     from .train.data import read_tokenizer
 
-    folder = _model_folder(model)
+    folder = _model_folder("quantize", model)
     checkpoint.check_folder("quantize", out, folder)
     checkpoint.check_not_quantized("quantize", folder)
     tokenizer = read_tokenizer(folder, "quantize")
@@ -527,7 +527,7 @@ def _console():
     return Console(width=wide, highlight=False)
 
 
-def _model_folder(model: str) -> Path:
+def _model_folder(command: str, model: str) -> Path:
     """The folder of a model that is on this machine; nothing is ever downloaded."""
     from .assets import TINY
 
@@ -536,11 +536,11 @@ def _model_folder(model: str) -> Path:
         return folder
     if model == "tiny":
         raise ValueError(
-            f"generate: the shipped model is not in this build ({TINY}); pass --model with a "
+            f"{command}: the shipped model is not in this build ({TINY}); pass --model with a "
             "folder in Hugging Face format"
         )
     raise ValueError(
-        f"generate: --model must be 'tiny' or a folder with a config.json, got {model!r} "
+        f"{command}: --model must be 'tiny' or a folder with a config.json, got {model!r} "
         "(nothing is downloaded: `hf download REPO --local-dir DIR` fetches a model)"
     )
 

@@ -362,6 +362,8 @@ def test_quantize_tells_what_is_wrong(folder, tmp_path):
     assert "must not be the model's own folder" in fails(
         "quantize", "--model", folder, "--out", folder
     )
+    nowhere = fails("quantize", "--model", tmp_path / "no", "--out", tmp_path / "x")
+    assert "quantize: --model must be 'tiny' or a folder" in nowhere
     assert "--format" in fails("quantize", "--out", tmp_path / "x", "--format", "int2")
     ck.quantize.save(ck.GPT.from_pretrained(folder), tmp_path / "q", "int8")
     (tmp_path / "q" / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())

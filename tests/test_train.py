@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -224,7 +225,7 @@ def test_two_processes_do_not_train_in_one_folder(texts, tmp_path):
 )
 def test_the_defaults_are_the_published_runs(name, parameters, batch, steps, warmup, lr):
     told = Settings(data=("x",), out="run", model=name, batch=batch)
-    of = plan(told, ck.GPTConfig.from_name(name), parameters, fine_tuning=False)
+    of = plan(told, ck.GPTConfig.from_name(name), parameters)
     assert of.steps == pytest.approx(steps, rel=2e-3) and of.warmup == warmup and of.lr == lr
     rates = [of.factor(step, told) for step in range(of.steps)]
     assert rates[0] == 1 / warmup and max(rates) == rates[warmup] == 1
@@ -235,7 +236,7 @@ def test_the_defaults_are_the_published_runs(name, parameters, batch, steps, war
 
 def test_the_cosine_falls_slowly_first_and_last():
     told = Settings(data=("x",), out="run", steps=101, warmup=1, schedule="cosine", final_lr=0.0)
-    of = plan(told, ck.GPTConfig(n_positions=64), 1_000_000, fine_tuning=False)
+    of = plan(told, ck.GPTConfig(n_positions=64), 1_000_000)
     rates = np.array([of.factor(step, told) for step in range(101)])
     assert rates[-1] == pytest.approx(0) and rates[51] == pytest.approx(0.5, abs=0.02)
     assert rates[10] > 0.97 and rates[90] < 0.03
@@ -394,9 +395,57 @@ def test_an_error_is_one_line_and_leaves_the_folder_free(texts, tmp_path, argume
     last = done.stderr.splitlines()[-1]
     assert last.startswith("cgpt-kernels: ") and told in last
     assert "Traceback" not in done.output
-    left = tmp_path / "run"
-    assert not left.exists() or {p.name for p in left.iterdir()} <= {".lock"}
+    assert not (tmp_path / "run").exists()
     assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_a_model_that_cannot_be_trained_is_told_before_the_text_is_read(
+    texts, tmp_path, monkeypatch
+):
+    shape = ck.GPTConfig(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    for name in ("whole", "cut"):
+        ck.GPT(shape).save_pretrained(tmp_path / name)
+    ck.quantize.save(ck.GPT(shape), tmp_path / "int8", "int8")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut short")
+    (tmp_path / "empty").mkdir()
+
+    def refuse(*given):
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(data, "prepare", refuse)
+    out = tmp_path / "a" / "b"
+    for told, options in (
+        ("not a folder with a config.json", ("--model", tmp_path / "empty")),
+        ("not a readable safetensors file", ("--model", tmp_path / "cut")),
+        ("train: .* is quantized already", ("--model", tmp_path / "int8")),
+        ("at most the model's n_positions = 32, got 33", ("--model", tmp_path / "whole")),
+        ("n_embd must be a multiple of n_head", ("--width", 32, "--heads", 5)),
+    ):
+        done = command(texts / "sums.txt", "--out", out, "--context", 33, *options)
+        assert done.exit_code == 2, done.output
+        assert re.search(told, done.stderr.splitlines()[-1]), done.stderr
+        assert not out.parent.exists()
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(texts, tmp_path):
+    shape = ck.GPTConfig(vocab_size=299, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    ck.GPT(shape).save_pretrained(tmp_path / "model")
+    given = ("--model", tmp_path / "model", "--tokenizer", texts, "--out", tmp_path / "run")
+    done = command(texts / "sums.txt", *given)
+    assert done.exit_code == 2 and "the tokenizer has 300 tokens" in done.stderr, done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_begin_leaves_an_empty_folder_empty(texts, tmp_path, monkeypatch):
+    def fail(*given):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(loop, "_order", fail)  # when the tokens are there
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "mine", tmp_path / "a" / "b"):
+        with pytest.raises(OSError, match="disk is full"):
+            run(settings(texts, out))
+    assert not [*(tmp_path / "mine").iterdir()] and not (tmp_path / "a").exists()
 
 
 def test_the_command_trains_resumes_and_refuses_other_settings(texts, tmp_path):

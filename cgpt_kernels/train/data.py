@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..gpt import GPTConfig
 from . import files as whole_files
 from .settings import Settings
 
@@ -177,7 +176,8 @@ def prepare(
 ) -> Tokens:
     """The run's token streams: those in its folder, or made from its data and put there whole.
 
-    vocab_size: of a tokenizer that is made; None: the settings', or VOCABULARY.
+    vocab_size: of a tokenizer that is made; None: the settings', or VOCABULARY. Where a
+        checkpoint is trained on, the most that its tokenizer may have.
     told: takes what is being done, as a line of text.
     """
     folder = Path(settings.out) / "tokens"
@@ -190,7 +190,7 @@ def prepare(
 def _write(settings: Settings, vocab_size: int, folder: Path, told: Callable) -> None:
     train, held_out, skipped = _documents(settings.data, settings.held_out, settings.held_out_share)
     source = settings.tokenizer
-    if source is None and settings.model not in (None, *GPTConfig.names()):
+    if source is None and settings.fine_tunes:
         source = settings.model
     if source is not None:
         tokenizer = read_tokenizer(source)
@@ -203,6 +203,11 @@ def _write(settings: Settings, vocab_size: int, folder: Path, told: Callable) ->
         tokenizer = make_tokenizer(texts, settings.vocab_size or vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     size = max(tokenizer.get_vocab().values()) + 1
+    if settings.fine_tunes and size > vocab_size:
+        raise ValueError(
+            f"train: the tokenizer has {size} tokens, {settings.model} knows {vocab_size}: leave "
+            "out --tokenizer to take the model's own"
+        )
     end = tokenizer.token_to_id(END_OF_TEXT)
     dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
     about = {"dtype": dtype.name, "vocab_size": size, "end_of_text": end, "skipped": skipped}

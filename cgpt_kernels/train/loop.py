@@ -8,13 +8,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import timing
+from .. import checkpoint, timing
 from ..gpt import GPT, GPTConfig
 from ..replace import replace
 from . import data, files, progress, state
@@ -27,6 +27,7 @@ from .settings import Plan, Settings, new_config, plan, with_dropout
 # the rest of the learning rate's decay.
 CHANGEABLE = ("out", "threads", "keep", "log_every", "tensorboard", "steps", "tokens")
 _ADAM_EPS = 1e-8
+_LOCK = ".lock"
 _SEED_STRIDE = 1_000_003  # a prime: runs whose seeds are neighbours share no step's seed
 
 
@@ -60,6 +61,7 @@ def run(settings: Settings, *, resume: bool = False, console=None) -> Result:
         progress.check_tensorboard()
     out = Path(settings.out)
     _check_folder(out, settings, resume)
+    made = [p for p in (out, *out.parents) if not p.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out), timing.threads(settings.threads):
         files.sweep(out)
@@ -70,11 +72,15 @@ def run(settings: Settings, *, resume: bool = False, console=None) -> Result:
             files.write(out / "run.json", settings.to_json())
             try:
                 prepared = _Run(settings, console)
-            except ValueError:  # nothing began: the folder is free for settings that are right
+            except Exception:  # nothing began: the folder is free for settings that are right
                 files.sweep(out)
                 if (out / "tokens").is_dir():
                     files.delete(out / "tokens")
                 (out / "run.json").unlink()
+                (out / _LOCK).unlink()
+                with suppress(OSError):  # hidden files of others may be in it
+                    for folder in made:
+                        folder.rmdir()
                 raise
         return prepared.train(console)
 
@@ -120,7 +126,7 @@ class _Run:
         self.tokens, self.weights = _begin(settings, console)
         config = self.weights.config
         parameters = sum(p.numel() for p in self.weights.parameters())
-        self.plan: Plan = plan(settings, config, parameters, _fine_tunes(settings))
+        self.plan: Plan = plan(settings, config, parameters)
         self.data, self.held_out = _order(settings, self.tokens, self.plan.context)
         self.optimizer = torch.optim.AdamW(
             self.weights.optimizer_groups(self.plan.lr, settings.weight_decay),
@@ -282,11 +288,6 @@ class _Run:
         )
 
 
-def _fine_tunes(settings: Settings) -> bool:
-    """Whether the run begins with a checkpoint's weights."""
-    return settings.model is not None and settings.model.lower() not in GPTConfig.names()
-
-
 def _begin(settings: Settings, console) -> tuple[data.Tokens, GPT]:
     """The token streams, and the weights in fp32 that the run begins with."""
 
@@ -297,28 +298,30 @@ def _begin(settings: Settings, console) -> tuple[data.Tokens, GPT]:
     source, found = settings.model, state.folders(Path(settings.out))
     if found:  # neither the text nor the first weights need be there any more
         return data.prepare(settings), GPT.from_pretrained(found[-1], dtype=torch.float32)
-    if _fine_tunes(settings) and not Path(source).is_dir():
-        raise ValueError(
-            f"train: model must be a checkpoint's folder or one of "
-            f"{', '.join(GPTConfig.names())}, got {source!r}"
-        )
-    preset = None
-    if source is not None and not _fine_tunes(settings):
-        preset = GPTConfig.from_name(source)
-    tokens = data.prepare(settings, preset and preset.vocab_size, told)
-    size, end = tokens.about["vocab_size"], tokens.about["end_of_text"]
-    if _fine_tunes(settings):
-        weights = GPT.from_pretrained(source, dtype=torch.float32)
-        if size > weights.config.vocab_size:
+    # The model is looked at first: what is wrong with it is not told after hours of text.
+    if settings.fine_tunes:
+        if not Path(source).is_dir():
             raise ValueError(
-                f"train: the tokenizer has {size} tokens, {source} knows "
-                f"{weights.config.vocab_size}: leave out --tokenizer to take the model's own"
+                f"train: model must be a checkpoint's folder or one of "
+                f"{', '.join(GPTConfig.names())}, got {source!r}"
             )
-        trained = GPT(with_dropout(weights.config, settings.dropout))
+        checkpoint.check_not_quantized("train", source)
+        weights = GPT.from_pretrained(source, dtype=torch.float32)
+        config = weights.config
+        if settings.context and settings.context > config.n_positions:
+            raise ValueError(
+                f"train: context must be at most the model's n_positions = {config.n_positions}, "
+                f"got {settings.context}"
+            )
+        tokens = data.prepare(settings, config.vocab_size, told)
+        trained = GPT(with_dropout(config, settings.dropout))
         trained.load_state_dict(weights.state_dict())
         return tokens, trained
+    new_config(settings, 1, None)
+    tokens = data.prepare(settings, source and GPTConfig.from_name(source).vocab_size, told)
     torch.manual_seed(settings.seed)
-    return tokens, GPT(new_config(settings, size, end))
+    about = tokens.about
+    return tokens, GPT(new_config(settings, about["vocab_size"], about["end_of_text"]))
 
 
 def _order(settings: Settings, tokens: data.Tokens, context: int):
@@ -335,9 +338,11 @@ def _order(settings: Settings, tokens: data.Tokens, context: int):
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Refuse a second process; the lock goes with the process, however that ends."""
-    with open(out / ".lock", "w") as lock:
+    with open(out / _LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # removed since: another may hold the next
+                raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"train: another process is training in {out}") from None
         yield

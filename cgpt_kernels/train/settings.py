@@ -127,6 +127,11 @@ class Settings:
                 )
 
     @property
+    def fine_tunes(self) -> bool:
+        """Whether the run begins with a checkpoint's weights."""
+        return self.model is not None and self.model.lower() not in GPTConfig.names()
+
+    @property
     def windows(self) -> int:
         """Training windows per step."""
         return self.batch * self.accumulate
@@ -211,14 +216,9 @@ def mup_fields(width: int, base: int = MUP_BASE_WIDTH) -> dict:
     }
 
 
-def plan(settings: Settings, config: GPTConfig, parameters: int, fine_tuning: bool) -> Plan:
+def plan(settings: Settings, config: GPTConfig, parameters: int) -> Plan:
     """Fill in what the settings leave open."""
     context = settings.context or config.n_positions
-    if context > config.n_positions:
-        raise ValueError(
-            f"train: context must be at most the model's n_positions = {config.n_positions}, "
-            f"got {context}"
-        )
     per_step = settings.windows * context
     tokens = settings.tokens or TOKENS_PER_PARAMETER * parameters
     steps = settings.steps or max(1, tokens // per_step)
@@ -232,7 +232,7 @@ def plan(settings: Settings, config: GPTConfig, parameters: int, fine_tuning: bo
         else:  # Kaplan et al. (arXiv 2001.08361), equation D.1, where nothing is published
             kaplan = max(0.003239 - 0.0001395 * math.log(parameters), 1e-4)
             lr = _PUBLISHED_LR.get(config.n_embd, kaplan)
-        lr *= _FINE_TUNING if fine_tuning else 1.0
+        lr *= _FINE_TUNING if settings.fine_tunes else 1.0
     save_every = settings.save_every or max(min(steps, 10), steps // 20)
     return Plan(
         steps=steps,
