@@ -198,6 +198,8 @@ def test_report_compares_machines_and_grids(tmp_path):
     assert found.tags.count("h3") == 4 and found.tags.count("img") == 5
     for words in ("WSE-3", "128 x 128", "32 x 32", "streaming", "prefill", "train"):
         assert words in text
+    rows = re.findall(r"<tr[^>]*><td>(.*?)</td>", text.split("<h2>What if</h2>")[1])
+    assert len(rows) > 8 and all(row.startswith("cerebras-gpt-111m: ") for row in rows)
 
 
 @pytest.mark.parametrize(

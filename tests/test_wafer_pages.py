@@ -67,7 +67,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     config, options = ck.GPTConfig.from_name("cerebras-gpt-111m"), {"context": 256}
     model = ck.wafer.estimate(config, grid=(64, 96), **options)
-    answers = whatif.of_estimate(config, (64, 96), ck.wafer.WSE2, **options)
+    answers = whatif.of_estimate("gpt", config, (64, 96), ck.wafer.WSE2, **options)
     model.save_html(folder / "model.html", compare=answers)
     cores, _ = simulate("allreduce", "ring", (6, 8), 48, ck.wafer.WSE2, log=100_000)
     answers = whatif.of_collective("allreduce", "ring", (6, 8), 48, ck.wafer.WSE2, "instruction")

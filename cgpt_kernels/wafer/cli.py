@@ -157,7 +157,8 @@ def estimate_command(
     report = estimate(config, spec=machine, grid=sides, **options)
     report.what = f"{model}: {report.what}"
     typer.echo(report.to_json() if as_json else str(report))
-    _save(report, trace, heatmap, html, lambda: of_estimate(config, sides, machine, **options))
+    given = (model, config, sides, machine)
+    _save(report, trace, heatmap, html, lambda: of_estimate(*given, **options))
 
 
 @app.command("gemm")
@@ -380,18 +381,14 @@ def report_command(
     \b
     cgpt-kernels wafer report --model cerebras-gpt-13b --grid 660x660 --out report.html
     """
-    from .model import MODES, estimate
+    from .model import estimate
     from .spec import preset
     from .whatif import of_estimate
 
     config, sides, machine = _config(model), _pair("grid", grid), preset(spec)
     options = {"mode": mode, "parallel": parallel, "batch": batch, "context": context}
     report = estimate(config, spec=machine, grid=sides, **options)
-    answers = of_estimate(config, sides, machine, **options)
-    others = [other for other in MODES if other != mode]
-    answers["Other modes"] = [
-        estimate(config, spec=machine, grid=sides, **options | {"mode": m}) for m in others
-    ]
+    answers = of_estimate(model, config, sides, machine, **options)
     report.what = f"{model}: {report.what}"
     report.save_html(out, compare=answers)
     typer.echo(f"written to {out}", err=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from .collectives import REDUCES, collective, formula
-from .model import PARALLEL, estimate
+from .model import MODES, PARALLEL, estimate
 from .ops import gemm_report
 from .report import Report
 from .spec import PRESETS, WaferSpec, check_grid
@@ -40,12 +40,18 @@ def grids_around(grid: tuple[int, int], spec: WaferSpec) -> list[tuple[int, int]
     return [g for g in dict.fromkeys([*sides, most]) if g != tuple(grid)]
 
 
-def of_estimate(config, grid, spec: WaferSpec, **options) -> Answers:
-    """Another machine, other grids, other ways to spread the model."""
+def of_estimate(model: str, config, grid, spec: WaferSpec, **options) -> Answers:
+    """Another machine, other grids, other ways to spread the model, other modes.
+
+    model: the name that each report bears.
+    """
 
     def make(**changed):
-        return estimate(config, **{"grid": grid, "spec": spec, **options, **changed})
+        report = estimate(config, **{"grid": grid, "spec": spec, **options, **changed})
+        report.what = f"{model}: {report.what}"
+        return report
 
+    modes = [mode for mode in MODES if mode != options.get("mode", "decode")]
     ways = [way for way in PARALLEL if way != options.get("parallel", "tensor")]
     if options.get("density", 1.0) != 1.0:
         ways = []
@@ -53,6 +59,7 @@ def of_estimate(config, grid, spec: WaferSpec, **options) -> Answers:
         "Another machine": _possible(lambda other: make(spec=other), _machines(spec)),
         "Other grids": _possible(lambda g: make(grid=g), grids_around(grid, spec)),
         "Other ways to spread it": _possible(lambda way: make(parallel=way), ways),
+        "Other modes": _possible(lambda mode: make(mode=mode), modes),
     }
 
 
