@@ -406,7 +406,7 @@ def test_lora_logits_hold_the_numerics_rule(dtype, narrow, device):
 
 
 def test_lora_on_quantized_weights_and_what_is_more_than_lora(device):
-    eager, model = adapted().half(), adapted().half()
+    eager, model = adapted(torch.float16), adapted(torch.float16)
     ids = small_gpt2.tokens(2, 18).to(device)
     _, logits = written(replaced(model, device, quantize="int8"), device, ids, 20)
     wanted = eager(ids.cpu()).logits[:, -1]

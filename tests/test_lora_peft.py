@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import cgpt_kernels as ck
 from cgpt_kernels.decoder import Decoder
 from cgpt_kernels.replace import decoder_parts
-from cgpt_kernels.replace.swap import Replaced
+from cgpt_kernels.replace.swap import Replaced, lora_factors
 from cgpt_kernels.testing import FORWARD_FACTOR, GRADIENT_FACTOR, SLACK
 
 ORDERS = ["replace then lora", "lora then replace"]
@@ -332,10 +332,43 @@ def test_adapters_on_quantized_weights(quantize, fused_only):
     assert ck.generate(model, ids, 5).shape == (2, 14)
 
 
+@pytest.mark.parametrize(
+    "options", [{"quantize": "int8"}, {"quantize": "int4"}, {"keep_original": False}]
+)
+def test_factors_are_not_packed(options, fused_only):
+    model, same = adapted(), adapted()
+    wanted = logits(model, tokens())
+    base = ck.replace(make(), **options).table
+    replacement = ck.replace(model, **options)
+    fused_only()
+    assert replacement.table.packed == base.packed > 0
+    assert not [
+        r for r in replacement.table if r.packed and ("lora_A" in r.name or "lora_B" in r.name)
+    ]
+    if "quantize" not in options:
+        close(logits(model, tokens()), wanted)
+    assert ck.generate(model, tokens(), 2).shape == (2, 11)
+    assert replacement.table.packed == base.packed
+    for name, p in peft.get_peft_model_state_dict(model).items():
+        assert torch.equal(p, peft.get_peft_model_state_dict(same)[name])
+
+
+def test_factors_of_any_dtype_stand_beside_quantized_weights():
+    model = adapted(make().bfloat16())
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.double()
+    ck.replace(model, quantize="int8")
+    assert all(m.weight.dtype is torch.float64 for m in lora_factors(model))
+    assert logits(model, tokens()).isfinite().all()
+
+
 def test_adapters_whose_own_weights_were_given_up_run_in_pefts_forward():
     model = adapted()
     wanted = logits(model, tokens())
-    ck.replace(model, keep_original=False)
+    ck.replace(model)
+    for factor in lora_factors(model):
+        ck.replace(factor, keep_original=False)
     close(logits(model, tokens()), wanted)
     assert ck.generate(model, tokens(), 2).shape == (2, 11)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from cgpt_kernels import backends, checks, decoder
 from cgpt_kernels.replace import packing, torch_nn
-from cgpt_kernels.replace.swap import Replaced
+from cgpt_kernels.replace.swap import Replaced, lora_factors
 from cgpt_kernels.replace.table import Row, Table
 
 __all__ = ["Replacement", "replace", "restore"]
@@ -104,8 +104,8 @@ def replace(
     dtype: casts the model, as model.to(dtype) does; `restore` does not cast back.
     quantize: None; "int8", a scale per output channel; "int4", a scale per 64 values along the
         input. Weights of nn.Linear and Conv1D only, for inference on the CPU or, in bf16 and fp16,
-        by the CUDA kernels; under "int4" a head tied to an embedding is int8. `restore` goes back
-        to the weights as they were.
+        by the CUDA kernels; under "int4" a head tied to an embedding is int8, and LoRA's factors
+        stay as they are. `restore` goes back to the weights as they were.
     keep_original: False frees the memory of every weight that has a packed copy and is not tied to
         another module: for inference only. The state_dict then unpacks, exactly where weights are
         not quantized, and so does `restore`.
@@ -144,8 +144,14 @@ def replace(
         )
     _check_backend(backend, changes, dtype)
     packs = quantize is not None or not keep_original
+    factors = lora_factors(model)
+    packable = {
+        module: None
+        for module, fused in changes
+        if issubclass(fused, packing.Packable) and module not in factors
+    }
     if packs:
-        _check_packing(model, backend, quantize, changes, dtype)
+        _check_packing(model, backend, quantize, packable, dtype)
 
     if dtype is not None:
         model.to(dtype)
@@ -153,13 +159,13 @@ def replace(
     for module, fused in changes:
         now = _state(module)
         state = fused, backend, None
-        if quantize and issubclass(fused, packing.Packable):
+        if quantize and module in packable:
             head = quantize == "int4" and tied.get(id(module.weight)) is nn.Embedding
             state = fused, backend, "int8" if head else quantize
         if now != state:
             before.append((module, now))
             _set(module, *state)
-        if packs and issubclass(fused, packing.Packable) and not packing.given_up(module):
+        if packs and module in packable and not packing.given_up(module):
             if keep_original or id(module.weight) in tied:
                 packing.current(module, module.weight)
             else:
@@ -231,7 +237,7 @@ def _check_ours(modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _check_packing(model, backend, quantize, changes, dtype) -> None:
+def _check_packing(model, backend, quantize, packable, dtype) -> None:
     """ValueError where weights cannot be packed as asked."""
     asked = f"quantize={quantize!r}" if quantize else "keep_original=False"
     able = ("auto", "cpu", "cuda") if quantize else ("auto", "cpu")  # float copies are the CPU's
@@ -241,7 +247,6 @@ def _check_packing(model, backend, quantize, changes, dtype) -> None:
         )
     if backends._C is None:
         raise ValueError(f"replace: {asked} cannot run: {backends._C_REASON}")
-    packable = [m for m, fused in changes if issubclass(fused, packing.Packable)]
     if not packable:
         raise ValueError(
             f"replace: {asked} takes nn.Linear or Conv1D weights, {type(model).__name__} has none"

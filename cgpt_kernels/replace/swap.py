@@ -137,6 +137,18 @@ def product(linear: nn.Module, cls: type, dtype: torch.dtype) -> Product | None:
     return peft_lora.read(linear, cls, dtype)
 
 
+def lora_factors(model: nn.Module) -> set[nn.Module]:
+    """The modules of LoRA's factors A and B. Products read their weights as they are, so that a
+    packed copy would only take memory."""
+    return {
+        factor
+        for layer in model.modules()
+        if type(layer).__module__ in _LORA
+        for name in ("lora_A", "lora_B")
+        for factor in layer._modules.get(name, nn.ModuleDict()).children()
+    }
+
+
 def idle(dropout: nn.Module) -> bool:
     """Whether a dropout module passes its input through, unobserved."""
     kind = type(dropout)
