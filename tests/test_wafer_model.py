@@ -211,9 +211,11 @@ def test_groups_of_a_sequence_add_up_their_weight_gradients():
 def test_streaming_time_follows_the_nonzeros():
     config = ck.GPTConfig.from_name("cerebras-gpt-1.3b")
     options = {"grid": (600, 600), "mode": "decode", "parallel": "streaming"}
-    times = [estimate(config, density=d, **options).cycles for d in (0.8, 0.4, 0.2)]
-    assert times[0] / times[1] == pytest.approx(2, rel=0.05)
-    assert times[1] / times[2] == pytest.approx(2, rel=0.05)
+    densities = (1.0, 0.8, 0.5, 0.4, 0.2, 0.1)
+    times = [estimate(config, density=d, **options).cycles for d in densities]
+    assert times[3] / times[4] == pytest.approx(2, rel=0.05)
+    assert times[4] / times[5] == pytest.approx(2, rel=0.05)
+    assert times[0] == times[1] == times[2] > times[3]  # dense is shorter than with indices
 
 
 def test_the_bubble_of_a_pipeline_shrinks_with_micro_batches():

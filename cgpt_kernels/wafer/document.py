@@ -81,7 +81,8 @@ of it over the columns, shares rounded up; tokens of a prefill or a training lie
   gradients too) go round: every core's words cross one link per column to the same place in the
   next group. In training the groups add up their weight gradients, in a chain and back.
 - **Streaming.** Weights come by the links to the outside, in training twice, and gradients leave.
-  With zeros skipped each carries its index.
+  Nonzeros carry their indices, or all weights come without, whichever is shorter; what a core takes
+  to find the zeros among these is not counted.
 
 ## Numbers on the grid
 

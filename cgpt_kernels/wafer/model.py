@@ -287,8 +287,8 @@ def _estimate(
             phases[name] = phases.get(name, 0.0) + value
         total = sum(phases.values())
     if parallel == "streaming":
-        weights = density * (b.n_layer * b.matrix_elements + b.vocab_size * b.n_embd)
-        bits = 32 if density < 1 else 16  # a nonzero travels with its index
+        weights = b.n_layer * b.matrix_elements + b.vocab_size * b.n_embd
+        bits = min(16, 32 * density)  # of a weight: all of them, or nonzeros with their indices
         # in training: in for the forward and for the backward, and gradients out
         stream = factor * weights * bits / spec.io_bits * spec.clock_hz
         notes.append(f"weights arrive in {stream:,.0f} cycles at {spec.io_bits / 1e12:g} Tb/s")
