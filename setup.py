@@ -6,8 +6,9 @@ Environment:
   CGPT_CUDA=host|host_asan build, instead of _C, the test-only module of that name: CUDA sources
                            compiled by g++ (csrc/cuda/device.cuh); host finds races, host_asan has
                            the address and undefined-behaviour sanitizers
-  CGPT_CUDA_ARCHS          real architectures, default "80;90a"; PTX of the first one, which later
-                           processors compile for themselves, is always kept; with 90a come the
+  CGPT_CUDA_ARCHS          real architectures, default "80;90a"; PTX, which later processors compile
+                           for themselves, is always kept, of the newest one without a letter (of 90
+                           beside 90a alone: what has a letter runs nowhere else); with 90a come the
                            kernels that use Hopper's own instructions (csrc/cuda/hopper.h)
   CGPT_DEBUG=1             -O1 -g and address checks of the standard library
   MAX_JOBS                 parallel compile jobs, default one per core
@@ -114,6 +115,14 @@ def cuda_architectures():
     return found
 
 
+def nvcc_codes(architectures):
+    """nvcc's flags for machine code of each architecture and PTX for later ones."""
+    ptx = max([a for a in architectures if a.isdigit()] or [a[:-1] for a in architectures], key=int)
+    made = {a: [f"sm_{a}"] for a in architectures}
+    made.setdefault(ptx, []).append(f"compute_{ptx}")
+    return [f"-gencode arch=compute_{a},code=[{','.join(codes)}]" for a, codes in made.items()]
+
+
 def cutlass_flags():
     """nvcc's flags for CUTLASS's headers, or none and why they are not there."""
     found = importlib.util.find_spec("cutlass_library")
@@ -201,9 +210,6 @@ def ninja_text(out, includes, nvcc):
             add("cxx", source, f".{tier}", " ".join([defines, *TIER_FLAGS, *flags]))
     host_compiler = cxx.split()[-1]  # nvcc takes no launcher such as ccache in front of it
     if nvcc:
-        first, *others = architectures
-        codes = [f"-gencode arch=compute_{first},code=[sm_{first},compute_{first}]"]
-        codes += [f"-gencode arch=compute_{a},code=sm_{a}" for a in others]
         lines += [
             "rule nvcc",
             f"  command = {nvcc} -MMD -MF $out.d -ccbin {host_compiler} {' '.join(NVCC_FLAGS)}"
@@ -213,7 +219,7 @@ def ninja_text(out, includes, nvcc):
             "  description = NVCC $out",
         ]
         for source in [*sources("gpt/*_cuda.cu"), *sources("ops/*/*_cuda.cu")]:
-            add("nvcc", source, flags=" ".join(codes))
+            add("nvcc", source, flags=" ".join(nvcc_codes(architectures)))
         for source in sources("ops/*/*_hopper.cu") if hopper else ():
             code = "-gencode arch=compute_90a,code=sm_90a"
             add("nvcc", source, flags=" ".join([code, *cutlass[1:]]))

@@ -171,6 +171,16 @@ def test_architectures_that_are_none_are_refused(setup_module, monkeypatch, valu
         assert setup_module.cuda_architectures() == fine.split(";")
 
 
+@pytest.mark.parametrize(
+    "asked, ptx", [("80;90a", "80"), ("90a", "90"), ("86;80", "86"), ("100a;90", "90")]
+)
+def test_every_build_keeps_ptx_that_later_gpus_can_use(setup_module, asked, ptx):
+    codes = cuda_flags(" ".join(setup_module.nvcc_codes(asked.split(";"))))[1]
+    made = {code for _, *found in codes for code in found}
+    assert made == {f"compute_{ptx}", *(f"sm_{a}" for a in asked.split(";"))}
+    assert all(code.partition("_")[2] == at.partition("_")[2] for at, *c in codes for code in c)
+
+
 def test_an_unknown_tier_in_the_environment_is_named():
     code = "import cgpt_kernels._C as c\ntry: c.cpu_isa()\nexcept ValueError as e: print(e)"
     env = {**os.environ, "CGPT_CPU_ISA": "sse9"}
