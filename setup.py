@@ -40,14 +40,16 @@ TIER_FLAGS = (
 
 X86 = "-mavx2 -mfma -mf16c -mbmi2".split()
 AVX512 = [*X86, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
-BF16 = [*AVX512, *"-mavx512bf16 -mavx512vnni -mavx512vbmi".split()]
+VNNI = [*AVX512, "-mavx512vnni"]
+BF16 = [*VNNI, *"-mavx512bf16 -mavx512vbmi".split()]
 TIERS = {  # name: (level, flags); CMakeLists.txt has the same table, tests/test_build.py compares
     "scalar": (0, []),
     "avx2": (1, X86),
     "avx512": (2, AVX512),
-    "avx512_bf16": (3, BF16),
-    "amx": (4, [*BF16, *"-mamx-tile -mamx-bf16 -mamx-int8".split()]),
-    "amx_emulated": (4, [*BF16, "-DCGPT_AMX_EMULATED", "-O1"]),  # for tests: quick to build
+    "avx512_vnni": (3, VNNI),
+    "avx512_bf16": (4, BF16),
+    "amx": (5, [*BF16, *"-mamx-tile -mamx-bf16 -mamx-int8".split()]),
+    "amx_emulated": (5, [*BF16, "-DCGPT_AMX_EMULATED", "-O1"]),  # for tests: quick to build
 }
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": TIERS["scalar"]}

@@ -18,7 +18,7 @@ from .ops import registry
 from .ops.case import BENCH
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TIERS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+_TIERS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated")
 # libgomp, LLVM's and Intel's runtimes read these; whoever compares timings must know them.
 _OMP = (
     "OMP_NUM_THREADS",

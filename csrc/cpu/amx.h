@@ -10,7 +10,7 @@
 
 #include "simd.h"
 
-#if CGPT_TIER_LEVEL >= 4
+#if CGPT_TIER_LEVEL >= 5
 namespace cgpt::CGPT_TIER {
 
   #ifdef CGPT_AMX_EMULATED

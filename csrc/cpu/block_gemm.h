@@ -46,7 +46,7 @@ CGPT_INLINE void tile_gemm(int64_t K, const C* a, int64_t lda, const C* panel, f
       }
     }
   } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
     for (int64_t k = 0; k < K; k += 2) {
       prefetch_step<kNR * 4, ahead>(panel + k * width);
       const __m512i b0 = _mm512_loadu_si512(panel + k * width);
@@ -92,7 +92,7 @@ inline void tile_gemm_rows(int64_t M, int64_t K, const C* a, int64_t lda, const 
     tile_gemm_rows<rows - 1, width, ahead>(M, K, a, lda, panel, c, ldc, columns, accumulate);
 }
 
-#if CGPT_TIER_LEVEL >= 4
+#if CGPT_TIER_LEVEL >= 5
 // bf16 times bf16 sums in fp32, unsigned times signed bytes in int32.
 template <int c, int a, int b, class C>
 CGPT_INLINE void amx_multiply_add(AmxTiles& tiles, const C*) {
@@ -188,7 +188,7 @@ template <class C>
 inline void block_gemm(int64_t M, int64_t N, int64_t K, const C* a, int64_t lda, const C* b,
                        float* c, int64_t ldc, bool accumulate) {
   const int64_t Kp = padded_k<C>(K);
-#if CGPT_TIER_LEVEL >= 4
+#if CGPT_TIER_LEVEL >= 5
   if constexpr (sizeof(C) == 2) return amx_gemm(M, N, Kp, a, lda, b, c, ldc, accumulate);
 #endif
   const int64_t tiles = (M + kMR - 1) / kMR;

@@ -24,6 +24,7 @@
       CGPT_DECLARE_TIER_(scalar, fn, Args)                       \
       CGPT_DECLARE_TIER_(avx2, fn, Args)                         \
       CGPT_DECLARE_TIER_(avx512, fn, Args)                       \
+      CGPT_DECLARE_TIER_(avx512_vnni, fn, Args)                  \
       CGPT_DECLARE_TIER_(avx512_bf16, fn, Args)                  \
       CGPT_DECLARE_TIER_(amx, fn, Args)                          \
       CGPT_DECLARE_TIER_(amx_emulated, fn, Args)                 \
@@ -32,6 +33,7 @@
           case Isa::scalar: return scalar::fn(args);             \
           case Isa::avx2: return avx2::fn(args);                 \
           case Isa::avx512: return avx512::fn(args);             \
+          case Isa::avx512_vnni: return avx512_vnni::fn(args);   \
           case Isa::avx512_bf16: return avx512_bf16::fn(args);   \
           case Isa::amx: return amx::fn(args);                   \
           case Isa::amx_emulated: return amx_emulated::fn(args); \

@@ -20,7 +20,8 @@
 namespace cgpt {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
+constexpr const char* kNames[] = {"scalar",      "avx2", "avx512",      "avx512_vnni",
+                                  "avx512_bf16", "amx",  "amx_emulated"};
 constexpr int kCount = static_cast<int>(Isa::count);
 
 struct Support {
@@ -57,7 +58,7 @@ Support detect() {
   const bool avx2 = b7 & (1u << 5);
   const bool avx512 =
       (b7 & (1u << 16)) && (b7 & (1u << 17)) && (b7 & (1u << 30)) && (b7 & (1u << 31));
-  const bool vnni = c7 & (1u << 11);
+  const bool vnni = c7 & (1u << 11), vbmi = c7 & (1u << 1);
   const bool amx_bf16 = d7 & (1u << 22), amx_tile = d7 & (1u << 24), amx_int8 = d7 & (1u << 25);
   unsigned a71 = 0;
   __get_cpuid_count(7, 1, &a71, &b, &c, &d);
@@ -66,7 +67,8 @@ Support detect() {
   const auto at = [&](Isa isa) -> bool& { return s.tier[static_cast<int>(isa)]; };
   at(Isa::avx2) = ymm && avx2 && fma && f16c;
   at(Isa::avx512) = at(Isa::avx2) && zmm && avx512;
-  at(Isa::avx512_bf16) = at(Isa::avx512) && vnni && bf16;
+  at(Isa::avx512_vnni) = at(Isa::avx512) && vnni;
+  at(Isa::avx512_bf16) = at(Isa::avx512_vnni) && vbmi && bf16;
   at(Isa::amx_emulated) = at(Isa::avx512_bf16);
   at(Isa::amx) =
       at(Isa::avx512_bf16) && tiles && amx_tile && amx_bf16 && amx_int8 && request_amx_permission();

@@ -5,7 +5,7 @@ namespace cgpt {
 
 // In the order of preference; `auto` never picks amx_emulated, which runs the AMX source on tiles
 // emulated in software so that it can be tested on processors without AMX.
-enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx, amx_emulated, count };
+enum class Isa : int { scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx, amx_emulated, count };
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

@@ -18,7 +18,7 @@ struct Compute {
 };
 template <>
 struct Compute<bf16> {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
   using type = bf16;
 #else
   using type = float;
@@ -126,7 +126,7 @@ struct KVec {
   }
   static CGPT_INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return fmadd(a, b, c); }
 };
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
 CGPT_INLINE __m512i load_n_bf16(const bf16* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1, p);
 }
@@ -202,7 +202,7 @@ inline void pack_b_rows(const T* b, int64_t stride_k, int64_t K, int64_t N, C* d
       }
     }
   } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
     alignas(64) static constexpr uint16_t kPairs[2][32] = {
         {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
@@ -264,7 +264,7 @@ CGPT_INLINE void load_square(const T* a, int64_t lda, int64_t k0, int64_t K, int
       for (int r = 0; r < kLanes; ++r) square[r] = k0 + r < K ? load_n(p + r * lda, M - m) : zero();
     }
   } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
     const __mmask16 columns = static_cast<__mmask16>(M - m >= 16 ? 0xffff : (1u << (M - m)) - 1);
     const auto row = [&](int64_t r) {
       return k0 + r < K ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(columns, p + r * lda))

@@ -78,7 +78,7 @@ double register_rate(const char* format, Isa isa, double seconds) {
     return best_rate(kChains * 16 * 2, seconds, CGPT_CHAINS("vfmadd231ps", "zmm"));
   if (!std::strcmp(format, "bf16") && isa >= Isa::avx512_bf16)
     return best_rate(kChains * 32 * 2, seconds, CGPT_CHAINS("vdpbf16ps", "zmm"));
-  if (!std::strcmp(format, "int8") && isa >= Isa::avx512_bf16)
+  if (!std::strcmp(format, "int8") && isa >= Isa::avx512_vnni)
     return best_rate(kChains * 64 * 2, seconds, CGPT_CHAINS("vpdpbusd", "zmm"));
   return 0;
 }

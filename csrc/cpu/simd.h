@@ -4,7 +4,7 @@
 //   tier                    floats  registers
 //   scalar                  4       generic vectors, any processor
 //   avx2                    8       16
-//   avx512, bf16, amx       16      32
+//   avx512 and above        16      32
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 #include "../common/dtype.h"
 
 #ifndef CGPT_TIER
-  #error "simd.h is for tier code: compile with -DCGPT_TIER=<name> -DCGPT_TIER_LEVEL=<0..4>"
+  #error "simd.h is for tier code: compile with -DCGPT_TIER=<name> -DCGPT_TIER_LEVEL=<0..5>"
 #endif
 #if CGPT_TIER_LEVEL >= 1
   #include <immintrin.h>
@@ -30,8 +30,8 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr bool kHasBf16Dot = CGPT_TIER_LEVEL >= 3;
-constexpr bool kHasAmx = CGPT_TIER_LEVEL >= 4;
+constexpr bool kHasBf16Dot = CGPT_TIER_LEVEL >= 4;
+constexpr bool kHasAmx = CGPT_TIER_LEVEL >= 5;
 
 using VecF = float __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
 using VecI = int32_t __attribute__((vector_size(kLanes * 4), aligned(kLanes * 4)));
@@ -46,7 +46,17 @@ CGPT_INLINE To bit_cast(From from) {
   return to;
 }
 
-CGPT_INLINE VecF set1(float x) { return VecF{} + x; }
+// Not `VecF{} + x`, which must add the zero (-0 + 0 is 0): an addition and a shuffle on the ports that
+// multiply, where a broadcasting load needs neither.
+CGPT_INLINE VecF set1(float x) {
+#if CGPT_TIER_LEVEL >= 2
+  return _mm512_set1_ps(x);
+#elif CGPT_TIER_LEVEL == 1
+  return _mm256_set1_ps(x);
+#else
+  return VecF{x, x, x, x};
+#endif
+}
 CGPT_INLINE VecI set1i(int32_t x) { return VecI{} + x; }
 CGPT_INLINE VecF zero() { return VecF{}; }
 
@@ -252,7 +262,7 @@ CGPT_INLINE void store_n(T* p, VecF v, int64_t n) {
 // As store_n, to bf16 in one instruction where there is one, which takes denormals for zero.
 template <class T>
 CGPT_INLINE void store_rounded(T* p, VecF v, int64_t n) {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
   if constexpr (__is_same(T, bf16)) {
     const __mmask16 m = static_cast<__mmask16>(n >= kLanes ? 0xffff : (1u << n) - 1);
     _mm256_mask_storeu_epi16(p, m, bit_cast<__m256i>(_mm512_cvtneps_pbh(v)));

@@ -73,7 +73,7 @@ struct RowGroup {
     if constexpr (kRows == 1) {
       store_p(panel, v[0][0], v[0][1]);
     } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
       const __m512i a = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(v[0][1], v[0][0]));
       const __m512i b = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1][1], v[1][0]));
       // Element n of `low` takes column n of both rows.

@@ -75,7 +75,7 @@ struct Decode {
     if constexpr (sizeof(C) == 4) {
       return fmadd(load_n(key, left), load(query), acc);
     } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
       const __m512i x = left >= 32 ? _mm512_loadu_si512(key)
                                    : _mm512_maskz_loadu_epi16((__mmask32{1} << left) - 1, key);
       return _mm512_dpbf16_ps(acc, bit_cast<__m512bh>(x),
@@ -142,7 +142,7 @@ struct Decode {
       }
       for (int w = 0; w < width; ++w) store(o + w * kLanes, acc[w]);
     } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
       // Two keys at a time: their columns interleaved are pairs, p's two elements the other pair.
       __m512 low[width] = {}, high[width] = {};
       const __mmask32 m = whole ? ~__mmask32{0} : (__mmask32{1} << left) - 1;

@@ -24,7 +24,7 @@ CGPT_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Intel's processors multiply by 2^n and take fractions in one instruction each; AMD's need two
 // cycles for both, and integer arithmetic is the faster way.
-constexpr bool kScalef = CGPT_TIER_LEVEL == 2 || CGPT_TIER_LEVEL == 4;
+constexpr bool kScalef = CGPT_TIER_LEVEL >= 2 && CGPT_TIER_LEVEL != 4;
 
 // 2^r = 1 + c1 r + c2 r^2 + ..., minimax in relative error on [0, 1] (for kScalef) or [-1/2, 1/2].
 // The error is 2e-9 for degree 6 (the rounding of fp32 arithmetic, 1e-7, remains), and 2.9e-6 for
@@ -81,7 +81,7 @@ CGPT_INLINE void store_p(C* p, VecF v) {
 }
 template <>
 CGPT_INLINE void store_p(bf16* p, VecF v) {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
   const __m256bh half = _mm512_cvtneps_pbh(v);
   __builtin_memcpy(p, &half, sizeof(half));
 #else
@@ -90,7 +90,7 @@ CGPT_INLINE void store_p(bf16* p, VecF v) {
 }
 template <class C>
 CGPT_INLINE void store_p(C* p, VecF a, VecF b) {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
   if constexpr (sizeof(C) == 2) {
     const __m512bh both = _mm512_cvtne2ps_pbh(b, a);
     __builtin_memcpy(p, &both, sizeof(both));

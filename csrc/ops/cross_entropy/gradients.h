@@ -65,7 +65,7 @@ class Pages {
 };
 
 // to[i][v] = g[v][i] for `rows` rows of g and `columns` columns, both whole squares.
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
 inline void transpose_block(const bf16* g, int64_t ldg, int64_t rows, int64_t columns, bf16* to,
                             int64_t ldt) {
   // Two rows of g interleaved make pairs of 32 bits, which the fp32 transposition moves whole.

@@ -82,7 +82,7 @@ struct Stored<bf16> {
 // Denormals may become 0, which the tier's own conversion does: they are no probabilities.
 CGPT_INLINE void store_stored(float* p, VecF v) { store(p, v); }
 CGPT_INLINE void store_stored(bf16* p, VecF v) {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
   const __m256i half = bit_cast<__m256i>(_mm512_cvtneps_pbh(v));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 #else

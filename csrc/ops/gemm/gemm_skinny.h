@@ -132,7 +132,7 @@ CGPT_INLINE void strip_tile(int64_t K, const C* x, int64_t ldx, const T* w, int6
       for (int u = 0; u < units; ++u)
         store_n(c + i * ldc + u * kLanes, acc[i][u], columns - u * kLanes);
   } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
     // Unpacking interleaves rows k and k + 1 inside 128-bit lanes: acc[0] holds the first four
     // columns of each eight, acc[1] the second four.
     VecF acc[rows][units][2] = {};

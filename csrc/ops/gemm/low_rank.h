@@ -60,7 +60,7 @@ inline void add_low_rank(const LowRank& term, int64_t i0, int64_t rows, int64_t 
   if (term.wide)
     return block_gemm(rows, columns, term.rank, static_cast<const float*>(term.u) + u0, term.stride,
                       static_cast<const float*>(term.v) + v0, c, ldc, true);
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
   block_gemm(rows, columns, term.rank, static_cast<const bf16*>(term.u) + u0, term.stride,
              static_cast<const bf16*>(term.v) + v0, c, ldc, true);
 #endif

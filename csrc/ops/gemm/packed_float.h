@@ -25,7 +25,7 @@ constexpr int kAhead = 4096;
 //   prepare(x, row)  one row of x into its prepared form
 //   block(...)       `count` panels from `panel` on, ready to be multiplied
 //   multiply(...)    c[rows, count * 32] = x W^T in fp32 for prepared rows
-#if CGPT_TIER_LEVEL >= 4
+#if CGPT_TIER_LEVEL >= 5
 // Calls f(k, depth, panel) for blocks of K, and for all panels within each. 1 KiB of each of 32
 // rows of x, 32 KiB, stay in L1 while the panels stream from L2: with whole rows of more, both
 // operands would come from L2, 64 bytes a cycle, more than it gives.
@@ -49,7 +49,7 @@ CGPT_INLINE void amx_panel(AmxTiles& tiles, int rows, int64_t depth, const C* x,
 }
 #endif
 
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
 // An int4 panel as bf16 pairs, dequantized. A group is a whole number of AMX steps of 32, so K
 // padded to either ends in zeros of its own.
 inline void int4_to_pairs(const PackedWeight& w, const void* panel, bf16* dst) {
@@ -134,7 +134,7 @@ class FloatKernel {
                 int64_t ldc) const {
     const C* x = static_cast<const C*>(a);
     if (in_steps_) return multiply_in_steps(rows, static_cast<const float*>(a), b, c, ldc);
-#if CGPT_TIER_LEVEL >= 4
+#if CGPT_TIER_LEVEL >= 5
     // Below five rows tiles would stay empty, and the dot product keeps pace with memory.
     if constexpr (sizeof(C) == 2)
       if (rows > 4) return multiply_on_tiles(rows, x, count, static_cast<const C*>(b), c, ldc);
@@ -220,7 +220,7 @@ class FloatKernel {
     if constexpr (sizeof(C) == 4) {
       sum = fmadd(set1(*x), load(w), sum);
     } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
       int32_t pair;
       __builtin_memcpy(&pair, x, 4);
       sum = KVec<C>::multiply_add(_mm512_set1_epi32(pair), _mm512_loadu_si512(w), sum);
@@ -228,7 +228,7 @@ class FloatKernel {
     }
   }
 
-#if CGPT_TIER_LEVEL >= 4
+#if CGPT_TIER_LEVEL >= 5
   void multiply_on_tiles(int64_t rows, const bf16* x, int64_t count, const bf16* panels, float* c,
                          int64_t ldc) const {
     for (int64_t i = 0; i < rows; i += 32) {
@@ -263,7 +263,7 @@ class FloatKernel {
     if constexpr (sizeof(C) == 4) {
       decode_panel(weight_, panel, 0, weight_.K, out);
     } else {
-#if CGPT_TIER_LEVEL >= 3
+#if CGPT_TIER_LEVEL >= 4
       if (weight_.format == WeightFormat::int4) return int4_to_pairs(weight_, panel, out);
 #endif
       decode_panel(weight_, panel, 0, weight_.K, wide);

@@ -121,6 +121,8 @@ void packed_gemm(const PackedGemmArgs& a) {
   if (p.weight.format == WeightFormat::int4 && few)
     return p.weight.group == 32 ? run(Int4Kernel<32>(p.weight), p)
                                 : run(Int4Kernel<64>(p.weight), p);
+#endif
+#if CGPT_TIER_LEVEL >= 4
   if constexpr (__is_same(T, bf16))
     if (p.weight.format == WeightFormat::bf16 || p.weight.format == WeightFormat::int4)
       return run(FloatKernel<bf16>(p.weight, few), p);

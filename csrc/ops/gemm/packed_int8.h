@@ -77,7 +77,7 @@ inline void int8_tile_rows(int64_t M, int64_t Kp, const uint8_t* a, int64_t lda,
   if constexpr (rows > step) int8_tile_rows<rows - step, digits>(M, Kp, a, lda, panel, c, ldc);
 }
 
-  #if CGPT_TIER_LEVEL >= 4
+  #if CGPT_TIER_LEVEL >= 5
 // c = scales * sums for a panel's sums of `rows` byte rows; c may lie where the sums do.
 template <bool digits>
 inline void scale_panel(int rows, int64_t Kp, const uint8_t* a, int64_t lda, const int8_t* panel,
@@ -128,7 +128,7 @@ class Int8Kernel {
                 int64_t ldc) const {
     const uint8_t* x = static_cast<const uint8_t*>(a);
     const int8_t* panels = static_cast<const int8_t*>(b);
-  #if CGPT_TIER_LEVEL >= 4
+  #if CGPT_TIER_LEVEL >= 5
     const int64_t byte_rows = rows * kStep;
     // Sums are exact either way; up to here the dot product keeps pace with memory.
     if (byte_rows > 8) return multiply_on_tiles(byte_rows, x, count, panels, c, ldc);
@@ -147,7 +147,7 @@ class Int8Kernel {
  private:
   static constexpr int64_t kStep = digits ? 2 : 1;
 
-  #if CGPT_TIER_LEVEL >= 4
+  #if CGPT_TIER_LEVEL >= 5
   void multiply_on_tiles(int64_t byte_rows, const uint8_t* x, int64_t count, const int8_t* panels,
                          float* c, int64_t ldc) const {
     for (int64_t i = 0; i < byte_rows; i += 32) {
