@@ -46,8 +46,8 @@ CGPT_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Not `VecF{} + x`, which must add the zero (-0 + 0 is 0): an addition and a shuffle on the ports that
-// multiply, where a broadcasting load needs neither.
+// Not `VecF{} + x`, which must add the zero (-0 + 0 is 0): an addition and a shuffle on the ports
+// that multiply, where a broadcasting load needs neither.
 CGPT_INLINE VecF set1(float x) {
 #if CGPT_TIER_LEVEL >= 2
   return _mm512_set1_ps(x);

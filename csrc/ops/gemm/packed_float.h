@@ -1,5 +1,6 @@
 // Panels multiplied in fp32, or as bf16 pairs where the tier has the dot product: read in place
-// where they lie in the type that is multiplied, else unpacked, dequantized, into scratch first.
+// where they lie in the type that is multiplied, and bf16 in fp32 where few rows come; else
+// unpacked, dequantized, into scratch first.
 #pragma once
 
 #include "../../cpu/block_gemm.h"
@@ -96,6 +97,7 @@ class FloatKernel {
   FloatKernel(const PackedWeight& w, bool few)
       : weight_(w),
         in_place_(w.format == (sizeof(C) == 4 ? WeightFormat::f32 : WeightFormat::bf16)),
+        widened_(few && sizeof(C) == 4 && w.format == WeightFormat::bf16),
         in_steps_(few && !in_place_ && sizeof(C) == 4),
         depth_(sizeof(C) == 4 ? w.K : round_up(w.K, 32)),
         // An odd number of lines: rows of a register tile must not meet in the same L1 sets.
@@ -108,7 +110,7 @@ class FloatKernel {
 
   int64_t few_panels(int64_t rows) const {
     const int64_t fit = kSums / (rows * kPanelVectors);
-    return in_place_ && fit > 1 ? fit : 1;
+    return (in_place_ || widened_) && fit > 1 ? fit : 1;
   }
 
   template <class T>
@@ -117,6 +119,7 @@ class FloatKernel {
     pack_a<C>(x, 0, 1, weight_.K, out);
     if constexpr (sizeof(C) == 2)
       for (int64_t k = padded_k<C>(weight_.K); k < depth_; ++k) out[k] = {};
+    else out[weight_.K] = 0;  // met by the zero behind an odd K in pairs
   }
 
   const void* block(int64_t panel, int64_t count) const {
@@ -133,6 +136,10 @@ class FloatKernel {
   void multiply(int64_t rows, const void* a, int64_t count, const void* b, float* c,
                 int64_t ldc) const {
     const C* x = static_cast<const C*>(a);
+    if constexpr (sizeof(C) == 4)
+      if (widened_ && rows <= kWidenedRows)
+        return multiply_beside<kSums / kPanelVectors>(rows, x, count, static_cast<const bf16*>(b),
+                                                      c, ldc);
     if (in_steps_) return multiply_in_steps(rows, static_cast<const float*>(a), b, c, ldc);
 #if CGPT_TIER_LEVEL >= 5
     // Below five rows tiles would stay empty, and the dot product keeps pace with memory.
@@ -157,6 +164,8 @@ class FloatKernel {
   // other, 6 cycles for 128 bytes on Zen 5, where the second level of cache gives them in 2.
   static constexpr int64_t kSums = 8;
   static constexpr int64_t kPanelVectors = kPanelColumns / kLanes;
+  // Rows whose sums stay in registers beside a panel's bf16 widened to fp32.
+  static constexpr int64_t kWidenedRows = CGPT_TIER_LEVEL >= 2 ? 12 : CGPT_TIER_LEVEL == 1 ? 2 : 1;
 
   // Tiles of nearly equal height.
   static int64_t tile_end(int64_t rows, int64_t begin) {
@@ -173,60 +182,74 @@ class FloatKernel {
                                                 c + n, ldc, kNR, accumulate);
   }
 
-  template <int64_t panels>
-  void multiply_beside(int64_t rows, const C* x, int64_t count, const C* first, float* c,
+  template <int64_t panels, class W>
+  void multiply_beside(int64_t rows, const C* x, int64_t count, const W* first, float* c,
                        int64_t ldc) const {
     if constexpr (panels > 1) {
       if (count < panels) return multiply_beside<panels - 1>(rows, x, count, first, c, ldc);
       if constexpr (2 * panels * kPanelVectors <= kSums)
         if (rows == 2) return beside<2, panels>(x, first, c, ldc);
       beside<1, panels>(x, first, c, ldc);
+    } else if constexpr (sizeof(W) < sizeof(C)) {
+      multiply_widened<kWidenedRows>(rows, x, first, c, ldc);
     }
   }
 
+  template <int height>
+  void multiply_widened(int64_t rows, const C* x, const bf16* panel, float* c, int64_t ldc) const {
+    if (rows == height) return beside<height, 1>(x, panel, c, ldc);
+    if constexpr (height > 1) multiply_widened<height - 1>(rows, x, panel, c, ldc);
+  }
+
   // `rows` rows times `panels` panels side by side, each sum in the order of multiply_panel's.
-  template <int rows, int panels>
-  CGPT_INLINE void beside(const C* x, const C* first, float* c, int64_t ldc) const {
-    constexpr int64_t step = 4 / static_cast<int64_t>(sizeof(C));  // k of one multiplication
+  template <int rows, int panels, class W>
+  CGPT_INLINE void beside(const C* x, const W* first, float* c, int64_t ldc) const {
+    constexpr int64_t step = 4 / static_cast<int64_t>(sizeof(W));  // k of one word
     constexpr int64_t line = step * kPanelColumns, vectors = kPanelVectors;
-    const int64_t panel = depth_ * kPanelColumns;
+    const int64_t depth = packed_k(weight_.format, weight_.K, weight_.group);
+    const int64_t panel = depth * kPanelColumns;
     VecF acc[rows][panels * vectors] = {};
     // At a panel's end what follows is this thread's next panel but (panels - 1).
-    const int64_t ahead = kAhead / static_cast<int64_t>(sizeof(C));
+    const int64_t ahead = kAhead / static_cast<int64_t>(sizeof(W));
     const int64_t turn = panel > ahead ? (panel - ahead) / line * step : 0;
+    const int64_t end = round_up(weight_.K, step);
     for (int part = 0; part < 2; ++part) {
       const int64_t next = part == 0 ? ahead : ahead + (panels - 1) * panel;
-      for (int64_t k = part == 0 ? 0 : turn; k < (part == 0 ? turn : depth_); k += step)
+      for (int64_t k = part == 0 ? 0 : turn; k < (part == 0 && turn < end ? turn : end); k += step)
 #pragma GCC unroll 4
         for (int p = 0; p < panels; ++p) {
-          const C* at = first + p * panel + k * kPanelColumns;
+          const W* at = first + p * panel + k * kPanelColumns;
           for (int64_t b = 0; b < kPanelColumns * 4; b += 64)
             __builtin_prefetch(reinterpret_cast<const char*>(at + next) + b);
 #pragma GCC unroll 8
           for (int v = 0; v < vectors; ++v)
-#pragma GCC unroll 2
+#pragma GCC unroll 16
             for (int i = 0; i < rows; ++i)
               multiply_add(acc[i][p * vectors + v], x + i * stride_ + k, at + v * step * kLanes);
         }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < panels * vectors; ++v) store(c + i * ldc + v * kLanes, acc[i][v]);
   }
 
-  // sum += x w of one k, or of a pair of them, for kLanes columns.
-  static CGPT_INLINE void multiply_add(VecF& sum, const C* x, const C* w) {
-    if constexpr (sizeof(C) == 4) {
-      sum = fmadd(set1(*x), load(w), sum);
-    } else {
-#if CGPT_TIER_LEVEL >= 4
-      int32_t pair;
-      __builtin_memcpy(&pair, x, 4);
-      sum = KVec<C>::multiply_add(_mm512_set1_epi32(pair), _mm512_loadu_si512(w), sum);
-#endif
-    }
+  // sum += x w of one word of k, that is one, or two in 16 bits, for kLanes columns.
+  static CGPT_INLINE void multiply_add(VecF& sum, const float* x, const float* w) {
+    sum = fmadd(set1(*x), load(w), sum);
   }
+  static CGPT_INLINE void multiply_add(VecF& sum, const float* x, const bf16* w) {
+    const VecI words = load_words(w);
+    sum = fmadd(set1(x[0]), first_bf16(words), sum);
+    sum = fmadd(set1(x[1]), second_bf16(words), sum);
+  }
+#if CGPT_TIER_LEVEL >= 4
+  static CGPT_INLINE void multiply_add(VecF& sum, const bf16* x, const bf16* w) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, 4);
+    sum = KVec<bf16>::multiply_add(_mm512_set1_epi32(pair), _mm512_loadu_si512(w), sum);
+  }
+#endif
 
 #if CGPT_TIER_LEVEL >= 5
   void multiply_on_tiles(int64_t rows, const bf16* x, int64_t count, const bf16* panels, float* c,
@@ -272,7 +295,7 @@ class FloatKernel {
   }
 
   PackedWeight weight_;
-  bool in_place_, in_steps_;
+  bool in_place_, widened_, in_steps_;
   int64_t depth_, stride_, panel_bytes_;
 };
 

@@ -161,6 +161,12 @@ inline void encode_panel(const PackedWeight& p, const float* w, void* dst) {
   }
 }
 
+// The two bf16 of each 32-bit lane.
+CGPT_INLINE VecF first_bf16(VecI pair) { return bit_cast<VecF>(pair << 16); }
+CGPT_INLINE VecF second_bf16(VecI pair) {
+  return bit_cast<VecF>(pair & set1i(static_cast<int32_t>(0xffff0000u)));
+}
+
 // fp16 in the low halves of 32-bit lanes: the exponent is moved into place and rescaled, exact for
 // denormals too.
 CGPT_INLINE VecF widen_f16(VecI half) {
@@ -200,10 +206,8 @@ inline void decode_panel(const PackedWeight& p, const void* panel, int64_t k0, i
       for (int64_t k = 0; k < count; k += 2, words += kColumns)
         for (int c = 0; c < kColumns; c += kLanes) {
           const VecI v = load_words(words + c);
-          put(k, c, wide ? bit_cast<VecF>(v << 16) : widen_f16(v & set1i(0xffff)));
-          put(k + 1, c,
-              wide ? bit_cast<VecF>(v & set1i(static_cast<int32_t>(0xffff0000u)))
-                   : widen_f16((v >> 16) & set1i(0xffff)));
+          put(k, c, wide ? first_bf16(v) : widen_f16(v & set1i(0xffff)));
+          put(k + 1, c, wide ? second_bf16(v) : widen_f16((v >> 16) & set1i(0xffff)));
         }
       return;
     }
