@@ -34,6 +34,11 @@ CGPT_INLINE void store_int8(__m512i high, __m512i low, const Int8Tail& tail, int
   store(c + half * kLanes, v * set1(scale) * load(tail.scale + half * kLanes));
 }
 
+// In place: GCC would copy it by a string instruction, 30 cycles and more.
+CGPT_INLINE const Int8Tail* tail_of(const int8_t* panel, int64_t Kp) {
+  return reinterpret_cast<const Int8Tail*>(panel + Kp * kColumns);
+}
+
 CGPT_INLINE float row_scale(const uint8_t* row, int64_t Kp) {
   float scale;
   __builtin_memcpy(&scale, row + Kp, 4);
@@ -58,8 +63,7 @@ CGPT_INLINE void int8_tile(int64_t Kp, const uint8_t* a, int64_t lda, const int8
       dot_bytes(acc[i][1], x, b1);
     }
   }
-  Int8Tail tail;
-  __builtin_memcpy(&tail, panel + Kp * kColumns, sizeof(tail));
+  const Int8Tail& tail = *tail_of(panel, Kp);
   constexpr int step = digits ? 2 : 1;
   #pragma GCC unroll 16
   for (int i = 0; i < rows; i += step) {
@@ -82,8 +86,7 @@ inline void int8_tile_rows(int64_t M, int64_t Kp, const uint8_t* a, int64_t lda,
 template <bool digits>
 inline void scale_panel(int rows, int64_t Kp, const uint8_t* a, int64_t lda, const int8_t* panel,
                         const int32_t* sums, int64_t lds, float* c, int64_t ldc) {
-  Int8Tail tail;
-  __builtin_memcpy(&tail, panel + Kp * kColumns, sizeof(tail));
+  const Int8Tail& tail = *tail_of(panel, Kp);
   constexpr int step = digits ? 2 : 1;
   for (int i = 0; i < rows; i += step)
     for (int half = 0; half < 2; ++half) {
