@@ -99,6 +99,9 @@ inline void dot_gemm(int64_t M, int64_t N, int64_t K, const C* x, int64_t ldx, c
 // ask for the row this far below.
 constexpr int kPrefetchRows = 8;
 
+// k summed in fp32 in one go: over a vocabulary, one sum would round off six times what blocks do.
+constexpr int64_t kStripDepth = 1024;
+
 // c[rows, units * KVec<C>::kWidth] = x[rows, K] w[K, :]; with one unit, only its first `columns`.
 // For bf16, x must be readable to an even K.
 template <int rows, int units, class C, class T>
@@ -110,27 +113,33 @@ CGPT_INLINE void strip_tile(int64_t K, const C* x, int64_t ldx, const T* w, int6
     else return V::load(p);
   };
   if constexpr (sizeof(C) == 4) {
-    VecF acc[rows][units] = {};
-    for (int64_t k = 0; k < K; ++k) {
-      const T* row = w + k * ldw;
-      VecF b[units];
+    for (int64_t k0 = 0; k0 == 0 || k0 < K; k0 += kStripDepth) {
+      const int64_t end = k0 + kStripDepth < K ? k0 + kStripDepth : K;
+      VecF acc[rows][units] = {};
+      for (int64_t k = k0; k < end; ++k) {
+        const T* row = w + k * ldw;
+        VecF b[units];
 #pragma GCC unroll 8
-      for (int u = 0; u < units; ++u) {
-        b[u] = read(row + u * kLanes);
-        __builtin_prefetch(row + kPrefetchRows * ldw + u * kLanes);
+        for (int u = 0; u < units; ++u) {
+          b[u] = read(row + u * kLanes);
+          __builtin_prefetch(row + kPrefetchRows * ldw + u * kLanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) {
+          const VecF a = set1(x[i * ldx + k]);
+#pragma GCC unroll 8
+          for (int u = 0; u < units; ++u) acc[i][u] = fmadd(a, b[u], acc[i][u]);
+        }
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < rows; ++i) {
-        const VecF a = set1(x[i * ldx + k]);
+      for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
-        for (int u = 0; u < units; ++u) acc[i][u] = fmadd(a, b[u], acc[i][u]);
-      }
+        for (int u = 0; u < units; ++u) {
+          float* out = c + i * ldc + u * kLanes;
+          const int64_t left = columns - u * kLanes;
+          store_n(out, k0 == 0 ? acc[i][u] : acc[i][u] + load_n(out, left), left);
+        }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-      for (int u = 0; u < units; ++u)
-        store_n(c + i * ldc + u * kLanes, acc[i][u], columns - u * kLanes);
   } else {
 #if CGPT_TIER_LEVEL >= 4
     // Unpacking interleaves rows k and k + 1 inside 128-bit lanes: acc[0] holds the first four
