@@ -99,7 +99,7 @@ inline void dot_gemm(int64_t M, int64_t N, int64_t K, const C* x, int64_t ldx, c
 // ask for the row this far below.
 constexpr int kPrefetchRows = 8;
 
-// k summed in fp32 in one go: over a vocabulary, one sum would round off six times what blocks do.
+// k summed in fp32 in one go: one sum over a vocabulary rounds off more than 3 times eager's error.
 constexpr int64_t kStripDepth = 1024;
 
 // c[rows, units * KVec<C>::kWidth] = x[rows, K] w[K, :]; with one unit, only its first `columns`.
