@@ -102,8 +102,8 @@ CGPT_INLINE void amx_multiply_add(AmxTiles& tiles, const C*) {
 
 // `rows` rows of A, 17 to 32 when `two`, else 1 to 16, times all panels: the rows stay in L1 while
 // the panels stream from L2. Tiles that stick out of C's columns go through a block on the stack.
-// C is fp32, or int32 where A and B are bytes.
-template <bool two, class C, class B, class Sum>
+// C is fp32, or int32 where A and B are bytes. B is asked for `ahead` steps before it is read.
+template <bool two, int ahead = 1, class C, class B, class Sum>
 inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, const C* a, int64_t lda,
                           const B* b, Sum* c, int64_t ldc, bool accumulate) {
   constexpr int64_t kDepth = 64 / sizeof(C);  // k of one tile
@@ -131,10 +131,10 @@ inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, cons
     }
     const B* panel = b + n0 * Kp;
     for (int64_t k = 0; k < Kp; k += kDepth, panel += kDepth * kNR) {
-      // The next step's B, 32 lines, on its way from L2 while this step multiplies.
+      // A later step's B, 32 lines, on its way while this step multiplies.
   #pragma GCC unroll 32
       for (int line = 0; line < 32; ++line)
-        __builtin_prefetch(panel + kDepth * kNR + line * kDepth);
+        __builtin_prefetch(panel + ahead * kDepth * kNR + line * kDepth);
       tiles.template load<6>(panel, b_bytes);
       tiles.template load<4>(a + k, a_bytes);
       amx_multiply_add<0, 4, 6>(tiles, a);

@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "pages.h"
+
 namespace cgpt {
 namespace {
 
@@ -11,6 +13,8 @@ struct Slot {
   size_t bytes = 0;
   ~Slot() { std::free(data); }
 };
+constexpr size_t kHugePage = size_t{2} << 20;
+
 thread_local Slot slots[kScratchSlots];
 
 }  // namespace
@@ -20,9 +24,12 @@ void* thread_scratch(int slot, size_t bytes) {
   if (bytes > s.bytes) {
     std::free(s.data);
     s.data = nullptr, s.bytes = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    s.data = std::aligned_alloc(4096, rounded);
+    // Rows and sums of a product are walked in strides: huge pages from a quarter of one on.
+    const size_t page = bytes >= kHugePage / 4 ? kHugePage : 4096;
+    const size_t rounded = (bytes + page - 1) / page * page;
+    s.data = std::aligned_alloc(page, rounded);
     if (!s.data) throw std::bad_alloc();
+    if (page == kHugePage) advise_huge_pages(s.data, rounded);
     s.bytes = rounded;
   }
   return s.data;

@@ -271,5 +271,18 @@ CGPT_INLINE void store_rounded(T* p, VecF v, int64_t n) {
 #endif
   store_n(p, v, n);
 }
+// Two whole vectors, side by side.
+template <class T>
+CGPT_INLINE void store_two_rounded(T* p, VecF first, VecF second) {
+#if CGPT_TIER_LEVEL >= 4
+  if constexpr (__is_same(T, bf16)) {
+    const auto both = _mm512_cvtne2ps_pbh(second, first);
+    _mm512_storeu_si512(p, bit_cast<__m512i>(both));
+    return;
+  }
+#endif
+  store_rounded(p, first, kLanes);
+  store_rounded(p + kLanes, second, kLanes);
+}
 
 }  // namespace cgpt::CGPT_TIER

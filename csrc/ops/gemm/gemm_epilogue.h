@@ -115,8 +115,7 @@ CGPT_INLINE void finish_row(const GemmEpilogue<T, Y>& p, int64_t i, int64_t n, i
   Y* y = p.y + i * p.ldy + n;
   T* pre = p.pre ? p.pre + i * p.ldp + n : nullptr;
   const T* residual = p.residual ? p.residual + i * p.ldr + n : nullptr;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const int64_t left = columns - j;
+  const auto value = [&](int64_t j, int64_t left) __attribute__((always_inline)) {
     VecF v = load_n(c + j, left);
     if (p.bias) v += load_n(p.bias + n + j, left);
     if (p.bias_f32) v += load_n(p.bias_f32 + n + j, left);
@@ -127,8 +126,12 @@ CGPT_INLINE void finish_row(const GemmEpilogue<T, Y>& p, int64_t i, int64_t n, i
     v = activate<activation>(v);
     if (words) v = p.dropout.apply(v, words + j);
     if (residual) v += load_n(residual + j, left);
-    store_rounded(y + j, v, left);
-  }
+    return v;
+  };
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
+    store_two_rounded(y + j, value(j, kLanes), value(j + kLanes, kLanes));
+  for (; j < columns; j += kLanes) store_rounded(y + j, value(j, columns - j), columns - j);
 }
 
 template <Activation activation, class T, class Y>

@@ -27,26 +27,14 @@ constexpr int kAhead = 4096;
 //   block(...)       `count` panels from `panel` on, ready to be multiplied
 //   multiply(...)    c[rows, count * 32] = x W^T in fp32 for prepared rows
 #if CGPT_TIER_LEVEL >= 5
-// Calls f(k, depth, panel) for blocks of K, and for all panels within each. 1 KiB of each of 32
-// rows of x, 32 KiB, stay in L1 while the panels stream from L2: with whole rows of more, both
-// operands would come from L2, 64 bytes a cycle, more than it gives.
-template <class F>
-CGPT_INLINE void each_amx_block(int64_t depth, int64_t element, int64_t panels, F&& f) {
-  const int64_t steps = depth * element / 64, blocks = steps > 0 ? (steps + 15) / 16 : 1;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t k = steps * block / blocks * 64 / element;
-    const int64_t end = steps * (block + 1) / blocks * 64 / element;
-    for (int64_t p = 0; p < panels; ++p) f(k, end - k, p);
-  }
-}
-
-// Up to 32 rows times one panel, `depth` of its k.
+// Up to 32 rows times one panel that comes from memory.
 template <class C, class B, class Sum>
 CGPT_INLINE void amx_panel(AmxTiles& tiles, int rows, int64_t depth, const C* x, int64_t ldx,
-                           const B* panel, Sum* c, int64_t ldc, bool accumulate) {
+                           const B* panel, Sum* c, int64_t ldc) {
+  constexpr int kSteps = kAhead / (kNR * 64);
   if (rows > 16)
-    amx_gemm_rows<true>(tiles, rows, kColumns, depth, x, ldx, panel, c, ldc, accumulate);
-  else amx_gemm_rows<false>(tiles, rows, kColumns, depth, x, ldx, panel, c, ldc, accumulate);
+    amx_gemm_rows<true, kSteps>(tiles, rows, kColumns, depth, x, ldx, panel, c, ldc, false);
+  else amx_gemm_rows<false, kSteps>(tiles, rows, kColumns, depth, x, ldx, panel, c, ldc, false);
 }
 #endif
 
@@ -91,7 +79,7 @@ inline void int4_to_pairs(const PackedWeight& w, const void* panel, bf16* dst) {
 template <class C>
 class FloatKernel {
  public:
-  static constexpr int64_t kRowTile = kHasAmx && sizeof(C) == 2 ? 32 : kMR;
+  static constexpr int64_t kRowTile = kMR;
 
   // `few`: the rows of x make one pass over the panels.
   FloatKernel(const PackedWeight& w, bool few)
@@ -142,7 +130,7 @@ class FloatKernel {
                                                       c, ldc);
     if (in_steps_) return multiply_in_steps(rows, static_cast<const float*>(a), b, c, ldc);
 #if CGPT_TIER_LEVEL >= 5
-    // Below five rows tiles would stay empty, and the dot product keeps pace with memory.
+    // Up to 16 rows. Below five tiles would stay empty, and the dot product keeps pace with memory.
     if constexpr (sizeof(C) == 2)
       if (rows > 4) return multiply_on_tiles(rows, x, count, static_cast<const C*>(b), c, ldc);
 #endif
@@ -254,15 +242,10 @@ class FloatKernel {
 #if CGPT_TIER_LEVEL >= 5
   void multiply_on_tiles(int64_t rows, const bf16* x, int64_t count, const bf16* panels, float* c,
                          int64_t ldc) const {
-    for (int64_t i = 0; i < rows; i += 32) {
-      const int height = static_cast<int>(rows - i < 32 ? rows - i : 32);
-      AmxTiles tiles(height < 16 ? height : 16, height < 16 ? 0 : height - 16);
-      each_amx_block(depth_, 2, count, [&](int64_t k, int64_t depth, int64_t p) {
-        amx_panel(tiles, height, depth, x + i * stride_ + k, stride_,
-                  panels + (p * depth_ + k) * kPanelColumns, c + i * ldc + p * kPanelColumns, ldc,
-                  k > 0);
-      });
-    }
+    AmxTiles tiles(static_cast<int>(rows), 0);
+    for (int64_t p = 0; p < count; ++p)
+      amx_panel(tiles, static_cast<int>(rows), depth_, x, stride_,
+                panels + p * depth_ * kPanelColumns, c + p * kPanelColumns, ldc);
   }
 #endif
 

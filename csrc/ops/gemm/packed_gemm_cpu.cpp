@@ -4,13 +4,15 @@
 // prepared rows in L1: 2 M N K FLOPs over the packed bytes, bound by memory bandwidth.
 //
 // Many rows: panels are taken in blocks that stay in L2 while a chunk of rows passes, a register
-// tile of rows at a time. Rows of x are prepared (converted, quantized) once per chunk, by all
-// threads; panels that are not multiplied as they lie are unpacked once per chunk.
+// tile of rows at a time; on AMX packed_tiles.h says how. Rows of x are prepared (converted,
+// quantized) once per chunk, by all threads; panels that are not multiplied as they lie are
+// unpacked once per chunk.
 #include "../../cpu/parallel.h"
 #include "gemm_epilogue.h"
 #include "packed_float.h"
 #include "packed_int4.h"
 #include "packed_int8.h"
+#include "packed_tiles.h"
 
 namespace cgpt::CGPT_TIER {
 namespace {
@@ -72,6 +74,37 @@ void multiply_part(const Kernel& kernel, const Problem<T, Y>& p, const char* row
   }
 }
 
+// Calls multiply(i0, i1, p0, p1) for rectangles of rows [0, M) and panels, one a thread; rows begin
+// at multiples of `tile`. Weights are read once in all unless others' share of x costs more: a row
+// of x, which other cores wrote, or a column of W costs as much as `traffic` products of them (a
+// row of x twice that); 0 where multiplying hides it.
+template <class T, class Y, class F>
+void each_rectangle(const Problem<T, Y>& p, int64_t M, int64_t tile, int64_t traffic,
+                    F&& multiply) {
+  // Cycles on one thread: multiplication, or reading the panels at 8 bytes a cycle.
+  const int64_t work = M * p.panels * kPanelColumns * (p.weight.K + 1) / (kLanes * 2);
+  const int64_t read = p.panels * panel_bytes(p.weight.format, p.weight.K, p.weight.group) / 8;
+  const int64_t cycles = work > read ? work : read;
+  int64_t threads = smaller(available_threads(), cycles / kCyclesPerThread);
+  threads = threads < 1 ? 1 : threads;
+
+  const int64_t units = divide_up(M, tile);
+  int64_t best_m = 1, best_n = 1, best = -1;
+  for (int64_t m = 1; m <= smaller(threads, units); ++m) {
+    const int64_t n = smaller(threads / m, p.panels);
+    const int64_t rows = divide_up(units, m) * tile, columns = divide_up(p.panels, n) * kColumns;
+    const int64_t cost = columns * (rows + 1) + traffic * (2 * rows + columns);
+    if (best < 0 || cost < best) best = cost, best_m = m, best_n = n;
+  }
+  parallel_ranges(best_m * best_n, kParallelGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t i = part / best_n, j = part % best_n;
+      multiply(units * i / best_m * tile, smaller(M, units * (i + 1) / best_m * tile),
+               p.first_panel + p.panels * j / best_n, p.first_panel + p.panels * (j + 1) / best_n);
+    }
+  });
+}
+
 template <class Kernel, class T, class Y>
 void run(const Kernel& kernel, const Problem<T, Y>& p) {
   const int64_t chunk = smaller(p.M, kChunkRows), bytes = kernel.row_bytes();
@@ -82,39 +115,126 @@ void run(const Kernel& kernel, const Problem<T, Y>& p) {
       for (int64_t i = begin; i < end; ++i)
         kernel.prepare(p.x + (base + i) * p.ldx, rows + i * bytes);
     });
-
-    // Cycles on one thread: multiplication, or reading the panels at 8 bytes a cycle.
-    const int64_t multiply = M * p.panels * kPanelColumns * (p.weight.K + 1) / (kLanes * 2);
-    const int64_t read = p.panels * panel_bytes(p.weight.format, p.weight.K, p.weight.group) / 8;
-    const int64_t cycles = multiply > read ? multiply : read;
-    int64_t threads = smaller(available_threads(), cycles / kCyclesPerThread);
-    threads = threads < 1 ? 1 : threads;
-
-    // A rectangle of y per thread: panels first, for then the weights are read once in all.
-    const int64_t units_m = M <= kFewRows ? 1 : divide_up(M, Kernel::kRowTile);
-    int64_t best_m = 1, best_n = 1, best = -1;
-    for (int64_t m = 1; m <= smaller(threads, units_m); ++m) {
-      const int64_t n = smaller(threads / m, p.panels);
-      const int64_t cost = divide_up(p.panels, n) * (divide_up(units_m, m) * Kernel::kRowTile + 1);
-      if (best < 0 || cost < best) best = cost, best_m = m, best_n = n;
-    }
-    parallel_ranges(best_m * best_n, kParallelGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t i = part / best_n, j = part % best_n;
-        const int64_t i0 = base + M * i / best_m, i1 = base + M * (i + 1) / best_m;
-        const int64_t p0 = p.first_panel + p.panels * j / best_n;
-        const int64_t p1 = p.first_panel + p.panels * (j + 1) / best_n;
-        multiply_part(kernel, p, rows, base, i0, i1, p0, p1);
-      }
-    });
+    each_rectangle(p, M, M <= kFewRows ? M : Kernel::kRowTile, 0,
+                   [&](int64_t i0, int64_t i1, int64_t p0, int64_t p1) {
+                     multiply_part(kernel, p, rows, base, base + i0, base + i1, p0, p1);
+                   });
   }
 }
+
+#if CGPT_TIER_LEVEL >= 5
+// One or two panels of `w`, ready, times rows i0 .. i1 of the chunk from `base` on, for the steps
+// from `begin` to `end`; finished where these are the last. `next`: steps of these panels' first
+// one that are read after these, and come into L2 meanwhile.
+template <int panels, class Kernel, class T, class Y>
+void multiply_columns(const Kernel& kernel, const Problem<T, Y>& p, const TileRows& rows,
+                      const float* scales, int64_t base, int64_t i0, int64_t i1, int64_t panel,
+                      const char* w, int64_t begin, int64_t end, const char* next,
+                      typename Kernel::Sum* sums) {
+  constexpr int64_t kTile = kTileRows * panels * kColumns;
+  const int64_t n0 = panel * kPanelColumns, stride = kernel.panel_stride();
+  const int64_t columns = smaller(panels * kPanelColumns, p.weight.N - n0);
+  const bool fused = p.low_rank.rank == 0;  // whose product would take the tiles
+  const auto finish_tile = [&](int64_t i) {
+    auto* tile = sums + (i - i0) / kTileRows * kTile;
+    const int64_t height = smaller(kTileRows, i1 - i);
+    float* c = kernel.scaled(panels, tile, w, scales + i);
+    add_low_rank(p.low_rank, base + i, height, n0, columns, c, panels * kColumns);
+    finish(p, base + i, height, n0, columns, c, panels * kColumns);
+  };
+  const int64_t tiles_down = divide_up(i1 - i0, kTileRows);
+  for (int64_t s = begin; s < end || s == 0; s += kChunkSteps) {
+    const int64_t steps = smaller(kChunkSteps, end - s);
+    const char* part = w + s * kPanelStep;
+    const char* ahead = s + steps < end ? part + steps * kPanelStep : next;
+    const int64_t lines = divide_up(steps * kPanelStep / 64, tiles_down);
+    AmxTiles tiles(kTileRows, kTileRows);
+    auto* c = sums;
+    for (int64_t i = i0; i < i1; i += kTileRows, c += kTile) {
+      for (int64_t line = 0; line < lines; ++line, ahead += 64)
+        for (int q = 0; q < panels; ++q) __builtin_prefetch(ahead + q * stride, 0, 2);
+      tile_multiply<panels, typename Kernel::C>(tiles, steps, rows.tile(i, s), part, stride, c,
+                                                s > 0);
+      if (fused && s + steps == rows.steps) finish_tile(i);
+    }
+  }
+  if (!fused && end == rows.steps)
+    for (int64_t i = i0; i < i1; i += kTileRows) finish_tile(i);
+}
+
+// Rows i0 .. i1 of the chunk from `base` on times panels p0 .. p1.
+template <class Kernel, class T, class Y>
+void multiply_tiles(const Kernel& kernel, const Problem<T, Y>& p, const TileRows& rows,
+                    const float* scales, int64_t base, int64_t i0, int64_t i1, int64_t p0,
+                    int64_t p1) {
+  const int64_t height = round_up(i1 - i0, kTileRows), pair = height * 2 * kColumns;
+  const int64_t chunks = divide_up(rows.steps, kChunkSteps);
+  const int64_t fit = kSectionBytes / (height * kChunkBytes);
+  const int64_t sections = divide_up(chunks, fit < 1 ? 1 : fit);
+  // In one section columns are finished at once, otherwise they wait for all sections.
+  int64_t group = sections <= 1 ? 2 : kGroupBytes / (pair * 4) * 2;
+  group = group < 2 ? 2 : group;
+  const int64_t stride = kernel.panel_stride();
+  auto* sums = static_cast<typename Kernel::Sum*>(
+      thread_scratch(kSlotSums, static_cast<size_t>(smaller(group, p1 - p0 + 1) / 2 * pair * 4)));
+  for (int64_t first = p0; first < p1; first += group) {
+    const int64_t count = smaller(group, p1 - first);
+    const char* w = static_cast<const char*>(kernel.block(first, count));
+    for (int64_t section = 0; section == 0 || section < sections; ++section) {
+      const auto from = [&](int64_t n) {
+        return sections < 1 ? 0 : smaller(rows.steps, chunks * n / sections * kChunkSteps);
+      };
+      const int64_t begin = from(section), end = from(section + 1);
+      for (int64_t q = 0; q < count; q += 2) {
+        // After a section's last columns come the first ones of the next.
+        const char* next = w + (q + 2) * stride + begin * kPanelStep;
+        if (q + 2 >= count && section + 1 < sections) next = w + end * kPanelStep;
+        auto* c = sums + q / 2 * pair;
+        const char* at = w + q * stride;
+        if (q + 1 < count)
+          multiply_columns<2>(kernel, p, rows, scales, base, i0, i1, first + q, at, begin, end,
+                              next, c);
+        else
+          multiply_columns<1>(kernel, p, rows, scales, base, i0, i1, first + q, at, begin, end,
+                              next, c);
+      }
+    }
+  }
+}
+
+template <class Kernel, class T, class Y>
+void run_tiles(const Kernel& kernel, const Problem<T, Y>& p) {
+  const int64_t chunk = smaller(p.M, kChunkRows), steps = kernel.steps();
+  const int64_t bytes = TileRows::bytes(chunk, steps);
+  char* data = static_cast<char*>(
+      thread_scratch(kSlotRows, static_cast<size_t>(bytes + round_up(chunk, kTileRows) * 4)));
+  float* scales = reinterpret_cast<float*>(data + bytes);
+  for (int64_t base = 0; base < p.M; base += chunk) {
+    const int64_t M = smaller(chunk, p.M - base);
+    const TileRows rows(data, M, steps);
+    parallel_ranges(M, p.weight.K, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        kernel.prepare(p.x + (base + i) * p.ldx, rows, i, scales);
+    });
+    each_rectangle(p, M, kTileRows, kTileTraffic,
+                   [&](int64_t i0, int64_t i1, int64_t p0, int64_t p1) {
+                     multiply_tiles(kernel, p, rows, scales, base, i0, i1, p0, p1);
+                   });
+  }
+}
+#endif
 
 template <class T, class Y>
 void packed_gemm(const PackedGemmArgs& a) {
   const Problem<T, Y> p(a);
   if (p.M == 0 || p.panels == 0) return;
   const bool few = p.M <= kFewRows;
+#if CGPT_TIER_LEVEL >= 5
+  if (!few && p.weight.format == WeightFormat::int8) return run_tiles(Int8Tiles(p.weight), p);
+  if constexpr (__is_same(T, bf16))
+    if (!few && (p.weight.format == WeightFormat::bf16 || p.weight.format == WeightFormat::int4))
+      return run_tiles(FloatTiles(p.weight), p);
+#endif
 #if CGPT_TIER_LEVEL >= 3
   if (p.weight.format == WeightFormat::int8)
     return few ? run(Int8Kernel<true>(p.weight), p) : run(Int8Kernel<false>(p.weight), p);

@@ -82,17 +82,15 @@ inline void int8_tile_rows(int64_t M, int64_t Kp, const uint8_t* a, int64_t lda,
 }
 
   #if CGPT_TIER_LEVEL >= 5
-// c = scales * sums for a panel's sums of `rows` byte rows; c may lie where the sums do.
-template <bool digits>
+// c = scales * sums for a panel's sums of `rows` byte rows, h and l in turns.
 inline void scale_panel(int rows, int64_t Kp, const uint8_t* a, int64_t lda, const int8_t* panel,
                         const int32_t* sums, int64_t lds, float* c, int64_t ldc) {
   const Int8Tail& tail = *tail_of(panel, Kp);
-  constexpr int step = digits ? 2 : 1;
-  for (int i = 0; i < rows; i += step)
+  for (int i = 0; i < rows; i += 2)
     for (int half = 0; half < 2; ++half) {
       const int32_t* first = sums + i * lds + half * kLanes;
-      store_int8<digits>(_mm512_loadu_si512(first), _mm512_loadu_si512(first + (step - 1) * lds),
-                         tail, half, row_scale(a + i * lda, Kp), c + i / step * ldc);
+      store_int8<true>(_mm512_loadu_si512(first), _mm512_loadu_si512(first + lds), tail, half,
+                       row_scale(a + i * lda, Kp), c + i / 2 * ldc);
     }
 }
   #endif
@@ -101,7 +99,7 @@ inline void scale_panel(int rows, int64_t Kp, const uint8_t* a, int64_t lda, con
 template <bool digits>
 class Int8Kernel {
  public:
-  static constexpr int64_t kRowTile = kHasAmx ? 32 : kMR;
+  static constexpr int64_t kRowTile = kMR;
 
   explicit Int8Kernel(const PackedWeight& w)
       : weight_(w),
@@ -134,7 +132,8 @@ class Int8Kernel {
   #if CGPT_TIER_LEVEL >= 5
     const int64_t byte_rows = rows * kStep;
     // Sums are exact either way; up to here the dot product keeps pace with memory.
-    if (byte_rows > 8) return multiply_on_tiles(byte_rows, x, count, panels, c, ldc);
+    if constexpr (digits)
+      if (byte_rows > 8) return multiply_on_tiles(byte_rows, x, count, panels, c, ldc);
   #endif
     constexpr int64_t kTile = kMR / kStep;
     const int64_t tiles = (rows + kTile - 1) / kTile;
@@ -153,28 +152,16 @@ class Int8Kernel {
   #if CGPT_TIER_LEVEL >= 5
   void multiply_on_tiles(int64_t byte_rows, const uint8_t* x, int64_t count, const int8_t* panels,
                          float* c, int64_t ldc) const {
+    alignas(64) int32_t sums[32][kColumns];
     for (int64_t i = 0; i < byte_rows; i += 32) {
       const int height = static_cast<int>(byte_rows - i < 32 ? byte_rows - i : 32);
       const uint8_t* a = x + i * stride_;
       AmxTiles tiles(height < 16 ? height : 16, height < 16 ? 0 : height - 16);
-      if constexpr (digits) {
-        alignas(64) int32_t sums[32][kColumns];
-        for (int64_t p = 0; p < count; ++p) {
-          const int8_t* panel = panels + p * panel_bytes_;
-          amx_panel(tiles, height, depth_, a, stride_, panel, sums[0], kColumns, false);
-          scale_panel<true>(height, depth_, a, stride_, panel, sums[0], kColumns,
-                            c + i / 2 * ldc + p * kPanelColumns, ldc);
-        }
-      } else {
-        // The sums take the place of c until all of K is in them.
-        each_amx_block(depth_, 1, count, [&](int64_t k, int64_t depth, int64_t p) {
-          const int8_t* panel = panels + p * panel_bytes_;
-          float* out = c + i * ldc + p * kPanelColumns;
-          int32_t* sums = reinterpret_cast<int32_t*>(out);
-          amx_panel(tiles, height, depth, a + k, stride_, panel + k * kColumns, sums, ldc, k > 0);
-          if (k + depth == depth_)
-            scale_panel<false>(height, depth_, a, stride_, panel, sums, ldc, out, ldc);
-        });
+      for (int64_t p = 0; p < count; ++p) {
+        const int8_t* panel = panels + p * panel_bytes_;
+        amx_panel(tiles, height, depth_, a, stride_, panel, sums[0], kColumns);
+        scale_panel(height, depth_, a, stride_, panel, sums[0], kColumns,
+                    c + i / 2 * ldc + p * kPanelColumns, ldc);
       }
     }
   }
