@@ -285,11 +285,14 @@ def machine_cpu() -> str:
 
 def machine_name() -> str:
     """A folder name for this machine: `amd-epyc-9b14-2-cores`, or `amd-epyc-family-26-2-cores`
-    where a virtual machine keeps the model to itself."""
+    where a virtual machine keeps the name to itself; Intel's family 6 needs the model beside it."""
     cpu = re.sub(r"\(r\)|\(tm\)|cpu|processor|@.*", " ", machine_cpu().lower())
     family = _first(r"^cpu family\s*:\s*(.+)$", "/proc/cpuinfo")
     if family is not None and not re.search(r"\d", cpu):
         cpu += f" family {family}"
+        if family == "6":
+            model = _first(r"^model\s*:\s*(.+)$", "/proc/cpuinfo")
+            cpu += f" model {model}"
     return f"{re.sub(r'[^a-z0-9]+', '-', cpu).strip('-')}-{os.cpu_count()}-cores"
 
 
