@@ -228,6 +228,18 @@ def test_a_row_of_a_small_batch_is_the_row_alone(tier, kind):
         assert torch.equal(ops.gemm(x[:1], packed), ops.gemm(x, packed)[:1])
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8", ("int4", 64)], ids=name_of)
+def test_where_tiles_pause_does_not_show(tier, kind):
+    # On AMX 500 rows go in sections of K and groups of columns, 100 rows do not.
+    if not tier.startswith("amx"):
+        pytest.skip("other tiers take the whole of K at once")
+    packed = pack_weight(torch.randn(1090, 2100) * 2100**-0.5, **options_of(kind))
+    x = torch.randn(500, 2100).bfloat16()
+    hold_packed_to_rule(packed, x, torch.randn(1090), torch.randn(500, 1090).bfloat16())
+    for rows in (17, 100):
+        assert torch.equal(ops.gemm(x[:rows], packed), ops.gemm(x, packed)[:rows])
+
+
 @on_kinds
 def test_the_same_bits_run_after_run(tier, kind):
     packed = pack_weight(torch.randn(200, 300), **options_of(kind))

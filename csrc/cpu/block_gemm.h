@@ -24,6 +24,7 @@ constexpr int kMR = CGPT_TIER_LEVEL >= 2 ? 14 : CGPT_TIER_LEVEL == 1 ? 6 : 4;
 template <int bytes, int ahead>
 CGPT_INLINE void prefetch_step(const void* p) {
   if constexpr (ahead > 0)
+#pragma GCC unroll 32
     for (int line = 0; line < bytes; line += 64)
       __builtin_prefetch(static_cast<const char*>(p) + ahead + line);
 }
@@ -102,8 +103,9 @@ CGPT_INLINE void amx_multiply_add(AmxTiles& tiles, const C*) {
 
 // `rows` rows of A, 17 to 32 when `two`, else 1 to 16, times all panels: the rows stay in L1 while
 // the panels stream from L2. Tiles that stick out of C's columns go through a block on the stack.
-// C is fp32, or int32 where A and B are bytes. B is asked for `ahead` steps before it is read.
-template <bool two, int ahead = 1, class C, class B, class Sum>
+// C is fp32, or int32 where A and B are bytes. B that comes from memory is asked for `ahead` steps
+// before it is read; from L2 the hardware brings it sooner without being asked.
+template <bool two, int ahead = 0, class C, class B, class Sum>
 inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, const C* a, int64_t lda,
                           const B* b, Sum* c, int64_t ldc, bool accumulate) {
   constexpr int64_t kDepth = 64 / sizeof(C);  // k of one tile
@@ -131,10 +133,7 @@ inline void amx_gemm_rows(AmxTiles& tiles, int rows, int64_t N, int64_t Kp, cons
     }
     const B* panel = b + n0 * Kp;
     for (int64_t k = 0; k < Kp; k += kDepth, panel += kDepth * kNR) {
-      // A later step's B, 32 lines, on its way while this step multiplies.
-  #pragma GCC unroll 32
-      for (int line = 0; line < 32; ++line)
-        __builtin_prefetch(panel + ahead * kDepth * kNR + line * kDepth);
+      prefetch_step<2048, 2048 * ahead>(panel);
       tiles.template load<6>(panel, b_bytes);
       tiles.template load<4>(a + k, a_bytes);
       amx_multiply_add<0, 4, 6>(tiles, a);
