@@ -72,6 +72,7 @@ def linear_cross_entropy_bwd(
     stride = -(-V * x.element_size() // ALIGN) * ALIGN // x.element_size()
     step = max(1, SLAB_BYTES // (stride * x.element_size() * ROWS)) * ROWS
     g = x.new_empty(min(step, M), stride)
+    g[:, V:] = 0  # oneDNN's bf16 product on AMX multiplies what lies behind a row, where NaN counts
     shares = None
     if need_bias:
         shares = lse.new_empty(kernels.linear_cross_entropy_shares_cuda(M), V)
