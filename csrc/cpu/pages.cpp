@@ -13,7 +13,6 @@
 namespace cgpt {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kShared = 16 * kHugePage;
 
 struct Mapping {

@@ -7,6 +7,8 @@
 
 namespace cgpt {
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
 // `bytes` bytes, zeroed, aligned to 64. Small requests share a mapping, so that weights of a
 // megabyte get huge pages too; a mapping goes back to the system when the last of its blocks is
 // freed. Throws std::bad_alloc. Any thread may free.

@@ -13,8 +13,6 @@ struct Slot {
   size_t bytes = 0;
   ~Slot() { std::free(data); }
 };
-constexpr size_t kHugePage = size_t{2} << 20;
-
 thread_local Slot slots[kScratchSlots];
 
 }  // namespace

@@ -75,9 +75,9 @@ void multiply_part(const Kernel& kernel, const Problem<T, Y>& p, const char* row
 }
 
 // Calls multiply(i0, i1, p0, p1) for rectangles of rows [0, M) and panels, one a thread; rows begin
-// at multiples of `tile`. Weights are read once in all unless others' share of x costs more: a row
-// of x, which other cores wrote, or a column of W costs as much as `traffic` products of them (a
-// row of x twice that); 0 where multiplying hides it.
+// at multiples of `tile`. The split is the cheapest one, counted in products of one k: a
+// rectangle's own, and `traffic` for each column it reads, twice that for a row, which other cores
+// wrote; with 0 weights are read once in all.
 template <class T, class Y, class F>
 void each_rectangle(const Problem<T, Y>& p, int64_t M, int64_t tile, int64_t traffic,
                     F&& multiply) {
